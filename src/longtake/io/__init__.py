@@ -1,0 +1,1 @@
+"""What enters and leaves longtake as files: checkpoints (``io.checkpoints``) and video (``io.video``)."""
