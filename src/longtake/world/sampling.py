@@ -79,8 +79,8 @@ def sample_scene(seed: int, level: int = 1, split: Split = "train", aspect: floa
     """The scene of a seed.
 
     Level 1: one large object, fixed camera, no hills. Level 2: one to three objects of both sizes, hills too.
-    Level 3: level 2 with either a camera panning over three views, so that objects leave and come back, or one
-    or two prompt switches.
+    Level 3: level 2 with either a camera panning over three views, so that objects leave and come back, or
+    one or two prompt switches. Objects of one scene differ in colour.
 
     Args:
         seed: Any non-negative integer. The same arguments always give the same scene.
@@ -117,11 +117,11 @@ def _segment(draw: _Draw, level: int, split: Split, aspect: float, start: int, p
         speed = draw.uniform(*PAN_SPEED_RANGE_PX) / REFERENCE_HEIGHT
         camera = Camera(travel=(PAN_VIEWS - 1) * aspect, speed=speed, start=0.0)
     objects: list[SceneObject] = []
-    taken: set[tuple[Colour, Shape]] = set()
+    taken: set[Colour] = set()  # distinct colours keep overlapping objects apart and identities checkable
     for index in range(1 if level == 1 else 1 + draw.below(3)):
-        free = [item for item in combinations(split) if item[:2] not in taken]
+        free = [item for item in combinations(split) if item[0] not in taken]
         combination = draw.choice(free)
-        taken.add(combination[:2])
+        taken.add(combination[0])
         # The first object of a panned scene is in view at frame 0.
         zone = draw.below(PAN_VIEWS) if panning and index else 0
         size: Size = "large" if level == 1 or draw.below(2) else "small"
@@ -214,13 +214,13 @@ def _switches(draw: _Draw, level: int, split: Split, aspect: float) -> tuple[Seg
 
 
 def _recoloured(draw: _Draw, objects: tuple[SceneObject, ...], split: Split) -> tuple[SceneObject, ...]:
-    """The same objects with another colour for one of them, within the split and without twins."""
+    """The same objects with another colour for one of them, within the split, unlike the others'."""
     index = draw.below(len(objects))
     target = objects[index]
-    twins = {item.colour for item in objects if item.shape == target.shape}
+    taken = {item.colour for item in objects}
     same = [item for item in combinations(split) if item[1:] == (target.shape, target.motion)]
     allowed = {item[0] for item in same}
-    free = [colour for colour in COLOURS if colour in allowed - twins]
+    free = [colour for colour in COLOURS if colour in allowed - taken]
     if not free:  # the held-out split may know one colour only for this shape and motion
         return objects
     changed = dataclasses.replace(target, colour=draw.choice(free))

@@ -31,6 +31,9 @@ from longtake.world.vocabulary import (
     Size,
 )
 
+VISIBILITY_FRAMES_AT_ONCE = 64
+"""Bounds the memory that counting hidden pixels takes."""
+
 
 @dataclass(frozen=True)
 class SceneObject:
@@ -210,7 +213,10 @@ class Scene:
                 truth.shape[rows, slot] = SHAPES.index(item.shape)
                 truth.size[rows, slot] = SIZES.index(item.size)
                 truth.motion[rows, slot] = MOTIONS.index(item.motion)
-            truth.visible[rows, : len(segment.objects)] = self._visible(segment, truth.center_xy[rows])
+            for begin in range(rows.start, rows.stop, VISIBILITY_FRAMES_AT_ONCE):
+                block = slice(begin, min(begin + VISIBILITY_FRAMES_AT_ONCE, rows.stop))
+                visible_tn = self._visible(segment, truth.center_xy[block])
+                truth.visible[block, : len(segment.objects)] = visible_tn
         return truth
 
     def _visible(self, segment: Segment, center_tn2: Float64) -> Float64:
