@@ -1,8 +1,8 @@
 """Detectors: what a frame shows, from its pixels alone.
 
 Every region of one colour that is thick and large enough is an object. Its coverage per pixel is unmixed
-from object and background colour, and compared with each shape rendered at the region's centroid and area: the
-shape with the best overlap wins, and none does where the overlap is poor.
+from object and background colour, and compared with each shape rendered at the region's centroid and area:
+the shape with the best overlap wins, and none does where the overlap is poor.
 
 Legend: t frames, h rows, w columns, c channels, k object slots, n detected objects of a batch, p rows and
 q columns of the patch around an object, s shapes.
@@ -37,8 +37,8 @@ MIN_CORE_PX = 5.0
 """An object has this many pixels (at 64 rows) surrounded by its own colour: edges and lines do not."""
 MAX_COLOUR_DISTANCE = 75.0
 """RGB distance of an object's mean colour from the palette up to which it is named."""
-MIN_OVERLAP = 0.75
-"""Intersection over union with a shape from which it is named."""
+MIN_OVERLAPS = (0.6, 0.72)
+"""Bounds of the intersection over union with a shape from which it is named, see `_min_overlap`."""
 MIN_COVERAGE = 0.12
 """Unmixed coverage below this is noise."""
 _SIZE_LIMIT = (SIZE_RADII_PX["small"][1] + SIZE_RADII_PX["large"][0]) / 2 / REFERENCE_HEIGHT
@@ -251,7 +251,7 @@ def _coverages(
 def _match_shapes(
     alpha_npq: Float32,
 ) -> tuple[Float64, Float64, NDArray[np.int64], Float64, Float64]:
-    """Centre (x, y) and radius in pixels of the patch, shape (-1 for none), overlap and margin of each object."""
+    """Centre (x, y) and radius in patch pixels, shape (-1: none), overlap and margin of each object."""
     _, rows, columns = alpha_npq.shape
     x_q, y_p = np.arange(columns) + 0.5, np.arange(rows) + 0.5
     mass_n = alpha_npq.sum((1, 2), dtype=np.float64)
@@ -266,14 +266,37 @@ def _match_shapes(
         distance_npq = signed_distance(shape, dx_nq, dy_np, 1.0)
         distance_npq *= radius_n[:, None, None].astype(np.float32)
         template_npq = np.clip(np.float32(0.5) - distance_npq, 0, 1)
-        shared_n = np.minimum(alpha_npq, template_npq).sum((1, 2), dtype=np.float64)
-        union_n = mass_n + template_npq.sum((1, 2), dtype=np.float64) - shared_n
-        overlaps.append(shared_n / union_n)
+        # Codecs and decoders blur: the better of the sharp and the blurred shape counts.
+        overlaps.append(
+            np.maximum(_overlap(alpha_npq, template_npq), _overlap(alpha_npq, _blur(template_npq)))
+        )
     overlap_ns = np.stack(overlaps, axis=1)
     ranked_ns = np.sort(overlap_ns, axis=1)
     best_n = overlap_ns.argmax(1)
-    named_n = ranked_ns[:, -1] >= MIN_OVERLAP
+    named_n = ranked_ns[:, -1] >= _min_overlap(radius_ns[:, SHAPES.index("circle")])
     shape_n = np.where(named_n, best_n, -1)
     radius_n = radius_ns[np.arange(len(best_n)), np.where(named_n, best_n, SHAPES.index("circle"))]
     center_n2 = np.stack([x_n, y_n], axis=1)
     return center_n2, radius_n, shape_n, ranked_ns[:, -1], ranked_ns[:, -1] - ranked_ns[:, -2]
+
+
+def _overlap(alpha_npq: Float32, template_npq: Float32) -> Float64:
+    """Intersection over union of two coverages, [N]."""
+    shared_n = np.minimum(alpha_npq, template_npq).sum((1, 2), dtype=np.float64)
+    total_n = (alpha_npq + template_npq).sum((1, 2), dtype=np.float64)
+    overlap_n: Float64 = shared_n / (total_n - shared_n)
+    return overlap_n
+
+
+def _blur(image_npq: Float32) -> Float32:
+    """The image convolved with (1, 2, 3, 2, 1) / 9 along both axes: about one pixel of standard deviation."""
+    for _ in range(2):
+        padded = np.pad(image_npq, [(0, 0), (1, 1), (1, 1)])
+        rows = padded[:, :-2] + padded[:, 1:-1] + padded[:, 2:]
+        image_npq = (rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]) / np.float32(9)
+    return image_npq
+
+
+def _min_overlap(radius_n: Float64) -> Float64:
+    """What a shape of this radius (pixels) must reach: less where one pixel of outline is a large share."""
+    return np.clip(1 - 2 / radius_n, *MIN_OVERLAPS)

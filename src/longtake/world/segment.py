@@ -1,9 +1,9 @@
 """From pixels to background and foreground classes: the first half of the detectors.
 
-The background's family (plain colour, sky, sunset, hills) is the one that explains most pixels; it is then fitted
-to the frame (offset and vertical slope per channel), so that slightly wrong colours are followed and not taken for
-objects. A pixel is foreground where it is far from the fitted background; its class is the object colour on
-whose line to the background it lies.
+The background's family (plain colour, sky, sunset, hills) is the one that explains most pixels; it is then
+fitted to the frame (offset and vertical slope per channel), so that slightly wrong colours are followed and
+not taken for objects. A pixel is foreground where it is far from the fitted background; its class is the
+object colour on whose line to the background it lies.
 
 Legend: t frames, h rows, w columns, c channels, k colours or backgrounds, m foreground pixels.
 """
@@ -54,8 +54,8 @@ class Segmentation:
     Attributes:
         background: Index into `BACKGROUNDS`, -1 where none fits, [T].
         explained: Share of pixels that the background explains, [T].
-        background_error: Mean absolute difference (0..255) of the explained pixels from the true colours, [T];
-            NaN where there is no background.
+        background_error: Mean absolute difference (0..255) of the explained pixels from the true colours,
+            [T]; NaN where there is no background.
         backdrop: The fitted background under every pixel, [T, H, W, 3].
         classes: 0 background, 1 + colour index, `UNKNOWN_CLASS`, int8 [T, H, W].
     """
