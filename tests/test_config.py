@@ -21,7 +21,7 @@ class Outer(Config):
 def test_unknown_key_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no key 'widht'; did you mean 'width'\?"):
         Outer(widht=3)  # type: ignore[call-arg]
-    with pytest.raises(ConfigError, match="'zzz'.*valid names: inner, rate, width"):
+    with pytest.raises(ConfigError, match=r"'zzz'.*valid names: inner, rate, width"):
         Outer(width=1, zzz=3)  # type: ignore[call-arg]
 
 
@@ -41,7 +41,7 @@ def test_round_trip_and_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text, message",
+    ("text", "message"),
     [
         ("{", "not valid JSON"),
         ('{"width": "7"}', "width='7'"),
@@ -55,7 +55,7 @@ def test_load_is_strict(text: str, message: str) -> None:
 
 
 def test_missing_file_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(LongtakeError, match="absent.json") as caught:
+    with pytest.raises(LongtakeError, match=r"absent\.json") as caught:
         Outer.load(tmp_path / "absent.json")
     assert caught.value.exit_code == 2
 

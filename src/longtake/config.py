@@ -1,4 +1,4 @@
-"""Strict configuration: frozen, typed, unknown keys refused by name. Each package owns its own config classes."""
+"""Strict configuration: frozen, typed, unknown keys refused by name. Packages own their config classes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from longtake.errors import ConfigError, nearest
 class Config(BaseModel):
     """Base of every configuration class.
 
-    Immutable and hashable. Whatever is wrong with the values raises :class:`~longtake.errors.ConfigError` with the
-    value and a remedy, at construction: an unknown key names the nearest valid one, so a typo never becomes a default.
+    Immutable and hashable. Whatever is wrong with the values raises :class:`~longtake.errors.ConfigError` at
+    construction, with the value and a remedy: a typo names the nearest valid key and never becomes a default.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)

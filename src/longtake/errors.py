@@ -1,6 +1,6 @@
 """Errors a user can cause, and only those. Every message quotes the offending value and names a remedy.
 
-The command line prints ``str(error)`` on one line and exits with ``exit_code``. Our own bugs are ``assert`` s,
+The command line prints ``str(error)`` on one line and exits with ``exit_code``. Our own bugs are assertions,
 never a ``LongtakeError``.
 """
 
@@ -15,7 +15,7 @@ class LongtakeError(Exception):
     """Base of all errors that are the user's to fix.
 
     Args:
-        problem: what is wrong, quoting the value, e.g. ``"window_frames=4 is smaller than sink 3 + chunk 3"``.
+        problem: what is wrong, quoting the value, e.g. ``"window_frames=4 < sink 3 + chunk 3"``.
         remedy: what to do about it, e.g. ``"use window_frames >= 6"``. Empty only where the problem says it.
     """
 
@@ -25,6 +25,10 @@ class LongtakeError(Exception):
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
         self.problem = problem
         self.remedy = remedy
+
+
+class UsageError(LongtakeError):
+    """The command line was used wrongly: an unknown command, option or value."""
 
 
 class ConfigError(LongtakeError):
@@ -41,6 +45,14 @@ class CheckpointError(LongtakeError):
 
 class SnapshotError(LongtakeError):
     """A stream snapshot is damaged, or belongs to other weights or another configuration."""
+
+
+class ModelError(LongtakeError):
+    """A model was given inputs whose sizes it cannot take."""
+
+
+class TrainingError(LongtakeError):
+    """A training stage cannot go on: a diverged loss, or a checkpoint of another configuration."""
 
 
 class PromptError(LongtakeError):

@@ -1,0 +1,1 @@
+"""Flow-matching algebra and the few-step sampler."""

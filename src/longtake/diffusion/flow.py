@@ -1,0 +1,80 @@
+"""Flow-matching algebra as pure functions: ``x = (1 - sigma) * clean + sigma * noise``, flow = noise - clean.
+
+A timestep is 1000 * sigma. Schedules are warped by ``shift`` as in SD3 and Wan2.1, with sigma_min 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from longtake.config import Config
+from longtake.errors import ConfigError
+
+NUM_TRAIN_STEPS = 1000
+
+
+def shifted_sigmas(shift: float) -> Tensor:
+    """The 1000 shifted sigmas, descending from 1, float64: ``shift * s / (1 + (shift - 1) * s)``."""
+    sigmas = torch.linspace(1.0, 0.0, NUM_TRAIN_STEPS + 1, dtype=torch.float64)[:-1]
+    return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def nearest_sigma(timestep: float, shift: float) -> float:
+    """The sigma of the shifted schedule whose timestep is nearest, as the reference looks it up."""
+    sigmas = shifted_sigmas(shift)
+    return float(sigmas[(sigmas * NUM_TRAIN_STEPS - timestep).abs().argmin()])
+
+
+class Schedule(Config):
+    """Denoising steps of the few-step sampler.
+
+    Args:
+        steps: as Self-Forcing's YAML writes ``denoising_step_list``: descending, 1000 is pure noise.
+        shift: warps the schedule towards noise; 1 leaves it.
+        warp: the steps count the shifted schedule (``warp_denoising_step: true``), so that 750 is the 250th
+            of its 1000 timesteps; False takes them as timesteps.
+    """
+
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    shift: float = Field(default=5.0, gt=0)
+    warp: bool = True
+
+    @model_validator(mode="after")
+    def _descends(self) -> Schedule:
+        if not self.steps or any(a <= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ConfigError(f"steps={self.steps} do not descend", "use a list like [1000, 750, 500, 250]")
+        if not 0 < self.steps[-1] <= self.steps[0] <= NUM_TRAIN_STEPS:
+            raise ConfigError(
+                f"steps={self.steps} leave 1..{NUM_TRAIN_STEPS}", "use steps between 1 and 1000"
+            )
+        return self
+
+    @property
+    def timesteps(self) -> tuple[float, ...]:
+        """What the network is told at each step, float32-exact as the reference computes it."""
+        if not self.warp:
+            return tuple(float(step) for step in self.steps)
+        shifted = shifted_sigmas(self.shift) * NUM_TRAIN_STEPS
+        return tuple(float(shifted[NUM_TRAIN_STEPS - step]) for step in self.steps)
+
+    @property
+    def sigmas(self) -> tuple[float, ...]:
+        """The noise level of each step."""
+        return tuple(nearest_sigma(timestep, self.shift) for timestep in self.timesteps)
+
+
+def to_clean(x: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:
+    """The clean latent that a flow points to, ``x - sigma * flow``, in float64 and then cast back."""
+    return (x.double() - sigma * flow.double()).type_as(x)
+
+
+def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
+    """``(1 - sigma) * clean + sigma * noise``; a tensor sigma must broadcast."""
+    return (1 - sigma) * clean + sigma * noise
+
+
+def flow_target(clean: Tensor, noise: Tensor) -> Tensor:
+    """What a flow-matching network learns to predict."""
+    return noise - clean

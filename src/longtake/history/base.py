@@ -1,0 +1,251 @@
+"""The contract of histories: what a chunk reads (view), what it leaves (commit), what happens to evicted
+frames (policy).
+
+Legend: b batch (base rows), r rows = copies * b, t own tokens, k keys read, h heads, p rotated pairs.
+
+A history is ``[sink | memory | local]`` of past frames. Every pass of a chunk sees the same view; a chunk
+commits once. Two implementations share everything but storage: :class:`~longtake.history.slots.SlotHistory`
+(in place, fixed buffers, for serving) and :class:`~longtake.history.pure.PureHistory` (functional, for
+training).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from longtake.cache.base import Entries, Rows, take_rows
+from longtake.cache.spec import CacheSpec
+from longtake.config import Config
+from longtake.errors import ConfigError, HistoryError
+from longtake.history.positions import Absolute, Positions, Relative
+from longtake.ops.rope import Phases, grid_phases, rotate
+
+PolicyState = dict[str, Tensor]
+"""What a policy carries along, tensors with the batch first; empty for a policy without memory."""
+
+
+class HistoryConfig(Config):
+    """How far a chunk looks back. Lengths are latent frames.
+
+    Args:
+        window_frames: frames a chunk attends to in all, sink and current chunk included; None for no limit.
+            Need not be a multiple of the chunk: eviction is by frame.
+        sink_frames: the first frames of a stream, kept for ever.
+        chunk_frames: frames generated together.
+        positions: temporal ids.
+    """
+
+    window_frames: int | None = Field(default=12, ge=1)
+    sink_frames: int = Field(default=3, ge=0)
+    chunk_frames: int = Field(default=3, ge=1)
+    positions: Positions = Absolute()
+
+    @model_validator(mode="after")
+    def _fits(self) -> HistoryConfig:
+        least = self.sink_frames + self.chunk_frames
+        if self.window_frames is not None and self.window_frames < least:
+            raise ConfigError(
+                f"window_frames={self.window_frames} does not hold sink {self.sink_frames} "
+                f"+ chunk {self.chunk_frames}",
+                f"use window_frames >= {least}",
+            )
+        if isinstance(self.positions, Relative):
+            if self.window_frames is None:
+                raise ConfigError(
+                    "an unlimited window does not fit relative positions, which are bounded",
+                    'set window_frames or use positions {"kind": "absolute"}',
+                )
+            check_ids_fit(self, num_memory=0)
+        return self
+
+    @property
+    def local_frames(self) -> int | None:
+        """Past frames kept beside the sink, ``window - sink - chunk``; None for no limit."""
+        if self.window_frames is None:
+            return None
+        return self.window_frames - self.sink_frames - self.chunk_frames
+
+
+def check_ids_fit(config: HistoryConfig, num_memory: int) -> None:
+    """Raise ConfigError where sink + memory + local + chunk need more ids than ``f_max`` allows."""
+    if not isinstance(config.positions, Relative) or config.window_frames is None:
+        return
+    need, ids = config.window_frames + num_memory, config.positions.f_max + 1
+    if need > ids:
+        raise ConfigError(
+            f"window {config.window_frames} + memory {num_memory} = {need} frames do not fit "
+            f"f_max={config.positions.f_max} ({ids} ids)",
+            f'use window_frames <= {ids - num_memory} or positions {{"kind": "absolute"}}',
+        )
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """Whole frames that leave the local window, oldest first.
+
+    Args:
+        frames: for each row of the batch the indices of its frames in the stream.
+        entries: their entries ``[b, frames * tokens per frame, ...]``, keys un-rotated.
+    """
+
+    frames: tuple[tuple[int, ...], ...]
+    entries: Entries
+
+
+@dataclass(frozen=True)
+class MemoryGrid:
+    """Where a policy's memory tokens sit: frame-equivalents, and real-valued ids of rows and columns."""
+
+    num_frames: int
+    row_ids: tuple[float, ...]
+    column_ids: tuple[float, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Memory tokens in all, frame by frame, row by row."""
+        return self.num_frames * len(self.row_ids) * len(self.column_ids)
+
+
+class Policy(ABC):
+    """What becomes of evicted frames. One file per policy; it knows nothing of layouts, slots or positions.
+
+    Policies hold no state of their own: a history passes it in and keeps what is returned, so autograd
+    flows in the functional mode, and the in-place mode copies the result into its buffers.
+    """
+
+    @property
+    @abstractmethod
+    def memory_grid(self) -> MemoryGrid | None:
+        """The policy's own segment; None where it keeps nothing: evicted entries are not even gathered."""
+
+    @abstractmethod
+    def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
+        """The state of streams that have evicted nothing yet."""
+
+    @abstractmethod
+    def readable(self, num_evicted: int) -> bool:
+        """Whether a stream that has evicted this many frames reads the memory segment.
+
+        Never turns back to False.
+        """
+
+    @abstractmethod
+    def absorb(self, state: PolicyState, evicted: Evicted) -> PolicyState:
+        """Take in evicted frames, once per commit that evicts. Pure; all rows evict equally many frames."""
+
+    @abstractmethod
+    def read(self, state: PolicyState) -> Entries:
+        """The memory segment as un-rotated entries ``[b, memory_grid.num_tokens, ...]`` of every layer."""
+
+
+@dataclass(frozen=True)
+class HistoryView:
+    """Everything a chunk may read: past entries, positions of its own tokens, masks where needed. Never
+    written.
+
+    Args:
+        segments: past entries, rotary parts already turned; each ``[b, tokens, ...]``. No segments at a
+            stream's start.
+        phases: of the own tokens, ``[b or 1, t, 1, p]``.
+        num_frames: own frames. ``grid``: tokens per frame as (rows, columns).
+        mask_b1tk: bool over past and own keys, broadcastable to ``[b, 1, t, k]``, True where visible; None:
+            all visible.
+        copies: forward rows per base row; row ``copy * b + i`` reads what base row ``i`` reads.
+        is_fresh: False once a commit has overwritten what this view shows.
+    """
+
+    segments: tuple[Entries, ...]
+    phases: Phases
+    num_frames: int
+    grid: tuple[int, int]
+    mask_b1tk: Tensor | None = None
+    copies: int = 1
+    is_fresh: Callable[[], bool] | None = None
+
+    def check_fresh(self) -> None:
+        """Raise HistoryError where a commit has overwritten this view (host integers only, no sync)."""
+        if self.is_fresh is not None and not self.is_fresh():
+            raise HistoryError(
+                "this view is older than a commit to its streams", "ask the history for a new view"
+            )
+
+    def repeat(self, copies: int) -> HistoryView:
+        """The same view for ``copies`` times as many rows, copy-major, without copying past entries."""
+        return replace(self, copies=self.copies * copies)
+
+    def select(self, rows: Rows) -> HistoryView:
+        """The view of some base rows."""
+        assert self.copies == 1, "select base rows before repeating"
+        phases, mask = self.phases, self.mask_b1tk
+        if phases.cos.shape[0] > 1:
+            phases = Phases(take_rows(phases.cos, rows), take_rows(phases.sin, rows))
+        if mask is not None and mask.shape[0] > 1:
+            mask = take_rows(mask, rows)
+        segments = tuple(segment.select(rows) for segment in self.segments)
+        return replace(self, segments=segments, phases=phases, mask_b1tk=mask)
+
+    def rotate(self, x_rthd: Tensor) -> Tensor:
+        """Turn own queries or keys by their positions."""
+        if self.copies == 1 or self.phases.cos.shape[0] == 1:
+            return rotate(x_rthd, self.phases)
+        return rotate(torch.unflatten(x_rthd, 0, (self.copies, -1)), self.phases).flatten(0, 1)
+
+    def with_own(self, layer: int, name: str, own_rt: Tensor) -> Tensor:
+        """Past and own tokens of one part, ``[r, k, ...]``: the one copy an attention layer makes."""
+        if not self.segments:
+            return own_rt
+        past = [segment.layers[layer][name] for segment in self.segments]
+        if self.copies == 1:
+            return torch.cat([*past, own_rt], dim=1)
+        own = torch.unflatten(own_rt, 0, (self.copies, -1))
+        return torch.cat([*(part.expand(self.copies, *part.shape) for part in past), own], dim=2).flatten(
+            0, 1
+        )
+
+    def mask(self) -> Tensor | None:
+        """The mask for all rows, or None."""
+        if self.mask_b1tk is None or self.copies == 1 or self.mask_b1tk.shape[0] == 1:
+            return self.mask_b1tk
+        return self.mask_b1tk.expand(self.copies, *self.mask_b1tk.shape).flatten(0, 1)
+
+
+def frame_mask(mask_ff: Tensor, tokens_per_frame: int) -> Tensor:
+    """Spread a bool mask between frames to their tokens, ``[1, 1, t, t]``."""
+    return mask_ff.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)[None, None]
+
+
+def full_view(
+    spec: CacheSpec,
+    frame_ids: Sequence[float],
+    grid: tuple[int, int],
+    mask_ff: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> HistoryView:
+    """A view without a past, for whole sequences in one pass: bidirectional, or with any mask between frames.
+
+    Args:
+        spec: the layout, for its rotary frequencies.
+        frame_ids: temporal id of every frame; ids may repeat (a clean and a noisy copy of the same frame).
+        grid: tokens per frame as (rows, columns).
+        mask_ff: bool, True where the row's frame may see the column's frame; every frame must see one at
+            least.
+        device: where the forward pass runs.
+    """
+    phases = frame_phases([frame_ids], grid, spec, device)
+    mask = None if mask_ff is None else frame_mask(mask_ff.to(device), grid[0] * grid[1])
+    return HistoryView((), phases, len(frame_ids), grid, mask)
+
+
+def frame_phases(
+    frame_ids: Sequence[Sequence[float]], grid: tuple[int, int], spec: CacheSpec, device: torch.device | str
+) -> Phases:
+    """Phases of whole frames on the video's own token grid; one row for all where the rows' ids are equal."""
+    if all(row == frame_ids[0] for row in frame_ids):
+        frame_ids = frame_ids[:1]
+    return grid_phases(frame_ids, range(grid[0]), range(grid[1]), spec.rope).to(device)

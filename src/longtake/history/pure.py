@@ -1,0 +1,215 @@
+"""The functional history: commits return a new object, autograd flows through them. For training.
+
+All rows of the batch are at the same frame. Nothing is ever written in place, so activation recomputation
+is safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from longtake.cache.base import Entries
+from longtake.cache.spec import CacheSpec
+from longtake.errors import HistoryError
+from longtake.history.base import (
+    Evicted,
+    HistoryConfig,
+    HistoryView,
+    Policy,
+    PolicyState,
+    check_ids_fit,
+    frame_phases,
+)
+from longtake.history.positions import aligned_to_frames, segment_ids
+from longtake.history.window import WindowPolicy
+from longtake.ops.rope import Phases, grid_phases
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive past frames: entries as committed, and turned by their frame index, ready to read."""
+
+    frames: tuple[int, ...]
+    raw: Entries
+    rotated: Entries
+
+    def split(self, num_frames: int) -> tuple[Piece, Piece]:
+        """The first frames and the rest."""
+        cut = self.raw.num_tokens // len(self.frames) * num_frames
+        end = self.raw.num_tokens
+        head = Piece(self.frames[:num_frames], self.raw.tokens(0, cut), self.rotated.tokens(0, cut))
+        tail = Piece(self.frames[num_frames:], self.raw.tokens(cut, end), self.rotated.tokens(cut, end))
+        return head, tail
+
+    def detach(self) -> Piece:
+        """Cut off from autograd."""
+        return replace(self, raw=self.raw.detach(), rotated=self.rotated.detach())
+
+
+@dataclass(frozen=True)
+class PureHistory:
+    """An immutable history of a uniform batch.
+
+    Args:
+        config: window, sink, chunk, positions.
+        spec: the layout, from ``dit.cache_spec()``.
+        grid: tokens per frame as (rows, columns), from ``dit.token_grid(height, width)``.
+        policy: what becomes of evicted frames.
+        device: where views are made for.
+        sink, local, next_frame, num_evicted, state: the content; leave at their defaults for an empty
+            history.
+    """
+
+    config: HistoryConfig
+    spec: CacheSpec
+    grid: tuple[int, int]
+    policy: Policy = field(default_factory=WindowPolicy)
+    device: torch.device | str = "cpu"
+    sink: tuple[Piece, ...] = ()
+    local: tuple[Piece, ...] = ()
+    next_frame: int = 0
+    num_evicted: int = 0
+    state: PolicyState | None = None
+
+    def __post_init__(self) -> None:
+        memory = self.policy.memory_grid
+        check_ids_fit(self.config, 0 if memory is None else memory.num_frames)
+
+    @property
+    def sink_frames(self) -> tuple[int, ...]:
+        """Indices in the stream of the sink frames present."""
+        return tuple(frame for piece in self.sink for frame in piece.frames)
+
+    @property
+    def local_frames(self) -> tuple[int, ...]:
+        """Indices in the stream of the local frames present, oldest first."""
+        return tuple(frame for piece in self.local for frame in piece.frames)
+
+    def view(self, num_frames: int | None = None) -> HistoryView:
+        """What the next frames may read.
+
+        Args:
+            num_frames: how many frames come next; the config's chunk where None.
+
+        Raises:
+            HistoryError: more frames than a chunk, for which the window leaves no room.
+        """
+        num_frames = self.config.chunk_frames if num_frames is None else num_frames
+        if self.config.window_frames is not None and num_frames > self.config.chunk_frames:
+            raise HistoryError(
+                f"a chunk of {num_frames} frames exceeds chunk_frames={self.config.chunk_frames}",
+                "generate at most chunk_frames at a time",
+            )
+        current = range(self.next_frame, self.next_frame + num_frames)
+        memory = self.policy.memory_grid
+        reads_memory = memory is not None and self.next_frame > 0 and self.policy.readable(self.num_evicted)
+        ids = segment_ids(
+            self.config.positions,
+            self.sink_frames,
+            memory.num_frames if memory is not None and reads_memory else 0,
+            self.local_frames,
+            current,
+        )
+        ids = aligned_to_frames(ids, current)
+        segments: list[Entries] = []
+        if self.sink and ids.sink == self.sink_frames:
+            segments += [piece.rotated for piece in self.sink]
+        elif self.sink:
+            segments.append(
+                Entries.cat([piece.raw for piece in self.sink]).rotated(self._phases(ids.sink), self.spec)
+            )
+        if memory is not None and reads_memory:
+            assert self.state is not None
+            phases = grid_phases([ids.memory], memory.row_ids, memory.column_ids, self.spec.rope).to(
+                self.device
+            )
+            segments.append(self.policy.read(self.state).rotated(phases, self.spec))
+        segments += [piece.rotated for piece in self.local]
+        return HistoryView(tuple(segments), self._phases(current), num_frames, self.grid)
+
+    def commit(self, entries: Entries) -> PureHistory:
+        """The history after a finished chunk, whose entries come from its context pass."""
+        num_frames, rest_tokens = divmod(entries.num_tokens, self.grid[0] * self.grid[1])
+        assert rest_tokens == 0, "entries must be whole frames of this grid"
+        assert num_frames > 0, "entries hold no frame"
+        frames = tuple(range(self.next_frame, self.next_frame + num_frames))
+        new = Piece(frames, entries, entries.rotated(self._phases(frames), self.spec))
+        sink, local = self.sink, self.local
+        to_sink = min(num_frames, self.config.sink_frames - len(self.sink_frames))
+        if to_sink == num_frames:
+            sink = (*sink, new)
+        elif to_sink > 0:
+            head, tail = new.split(to_sink)
+            sink, local = (*sink, head), (*local, tail)
+        else:
+            local = (*local, new)
+        kept, evicted = self._evict(local)
+        num_evicted = self.num_evicted + sum(len(piece.frames) for piece in evicted)
+        state = self.state
+        if self.policy.memory_grid is not None:
+            state = self._absorb(evicted, entries)
+        return replace(
+            self,
+            sink=sink,
+            local=kept,
+            next_frame=self.next_frame + num_frames,
+            num_evicted=num_evicted,
+            state=state,
+        )
+
+    def detach(self) -> PureHistory:
+        """The same content, cut off from autograd."""
+        state = None if self.state is None else {name: tensor.detach() for name, tensor in self.state.items()}
+        return replace(
+            self,
+            sink=tuple(piece.detach() for piece in self.sink),
+            local=tuple(piece.detach() for piece in self.local),
+            state=state,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert what must hold between calls; for tests."""
+        limit = self.config.local_frames
+        local = self.local_frames
+        assert len(self.sink_frames) <= self.config.sink_frames
+        assert limit is None or len(local) <= limit
+        assert local == tuple(range(self.next_frame - len(local), self.next_frame)) or not local
+        tokens = self.grid[0] * self.grid[1]
+        assert all(piece.raw.num_tokens == len(piece.frames) * tokens for piece in self.sink + self.local)
+
+    def _evict(self, local: tuple[Piece, ...]) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+        """Split local frames into those that stay and those that leave, oldest first."""
+        if self.config.local_frames is None:
+            return local, ()
+        excess = sum(len(piece.frames) for piece in local) - self.config.local_frames
+        kept: list[Piece] = []
+        evicted: list[Piece] = []
+        for piece in local:
+            leaving = min(max(excess, 0), len(piece.frames))
+            excess -= leaving
+            if leaving == len(piece.frames):
+                evicted.append(piece)
+            elif leaving == 0:
+                kept.append(piece)
+            else:
+                head, tail = piece.split(leaving)
+                evicted.append(head)
+                kept.append(tail)
+        return tuple(kept), tuple(evicted)
+
+    def _absorb(self, evicted: tuple[Piece, ...], entries: Entries) -> PolicyState:
+        state = self.state
+        if state is None:
+            example = next(iter(entries.layers[0].values()))
+            state = self.policy.start(entries.num_rows, example.device, example.dtype)
+        if not evicted:
+            return state
+        frames = tuple(frame for piece in evicted for frame in piece.frames)
+        raw = Entries.cat([piece.raw for piece in evicted])
+        return self.policy.absorb(state, Evicted((frames,) * entries.num_rows, raw))
+
+    def _phases(self, frame_ids: Sequence[int]) -> Phases:
+        return frame_phases([frame_ids], self.grid, self.spec, self.device)

@@ -1,0 +1,327 @@
+"""The chunk-causal diffusion transformer: Wan2.1's text-to-video DiT with its parameter names, any size
+from config.
+
+Legend: r rows (streams times copies), f latent frames, c channels, h w height and width, t tokens, l text
+tokens.
+
+The network never mutates anything: it reads a :class:`~longtake.history.base.HistoryView` and returns,
+beside the flow, the entries its tokens would leave in a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from einops import rearrange
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from longtake.cache.base import Entries, Rows, take_rows
+from longtake.cache.dense import dense_layout
+from longtake.cache.spec import CacheSpec
+from longtake.config import Config
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryView
+from longtake.models.layers import Block, Head, PatchEmbedding, SpatialEmbedding, TimeFrequencies
+
+TIMESTEPS = 1000.0
+"""Timestep of pure noise: sigma = timestep / 1000."""
+
+
+class DiTConfig(Config):
+    """Sizes of the transformer; the defaults of the options are Wan2.1's behaviour.
+
+    Args:
+        width, ffn_width, num_layers, num_heads: of the transformer; ``width / num_heads`` must be even.
+        in_channels, out_channels: latent channels.
+        patch_size: latent frames, rows and columns per token. Causal histories need 1 frame.
+        text_width, text_length: size of a text embedding and the most tokens of a prompt.
+        frequency_width: sinusoidal features of the timestep.
+        eps: of all norms. ``qk_norm``: RMS norm of queries and keys over the full width.
+        mask_text: attend to valid text tokens only. False zero-pads to ``text_length`` without a mask, as
+            Wan does.
+        cross_attention_layers: layers that attend to the prompt, "all" or their indices.
+        pooled_text: add a projection of the mean of the valid embedded text tokens to the time embedding,
+            so that modulation sees the prompt.
+        spatial_embedding: token grid (rows, columns) of a learned absolute position added to every token,
+            or None.
+        prediction: what the head predicts, the flow or the clean latent. The forward pass returns the flow
+            anyway.
+        clean_sigma_min: with "clean", the smallest sigma that ``flow = (x - x0) / sigma`` divides by.
+    """
+
+    width: int = Field(gt=0)
+    ffn_width: int = Field(gt=0)
+    num_layers: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    in_channels: int = Field(gt=0)
+    out_channels: int = Field(gt=0)
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    text_width: int = Field(gt=0)
+    text_length: int = Field(gt=0)
+    frequency_width: int = Field(default=256, gt=0)
+    eps: float = Field(default=1e-6, gt=0)
+    qk_norm: bool = True
+    mask_text: bool = False
+    cross_attention_layers: Literal["all"] | tuple[int, ...] = "all"
+    pooled_text: bool = False
+    spatial_embedding: tuple[int, int] | None = None
+    prediction: Literal["flow", "clean"] = "flow"
+    clean_sigma_min: float = Field(default=1e-3, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiTConfig:
+        if self.width % self.num_heads or self.head_dim % 2:
+            raise ConfigError(
+                f"width={self.width} does not split into num_heads={self.num_heads} heads of even size",
+                "use a width that is a multiple of 2 * num_heads",
+            )
+        if self.frequency_width % 2:
+            raise ConfigError(f"frequency_width={self.frequency_width} is odd", "use an even number")
+        if self.cross_attention_layers != "all":
+            wrong = [layer for layer in self.cross_attention_layers if not 0 <= layer < self.num_layers]
+            if wrong:
+                raise ConfigError(
+                    f"cross_attention_layers names layer {wrong[0]}", f"use 0..{self.num_layers - 1}"
+                )
+        if min(self.patch_size) < 1:
+            raise ConfigError(f"patch_size={self.patch_size} holds a number below 1", "use 1 or more")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.width // self.num_heads
+
+    def has_cross_attention(self, layer: int) -> bool:
+        """Whether a layer attends to the prompt."""
+        return self.cross_attention_layers == "all" or layer in self.cross_attention_layers
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A batch of prompts as the DiT reads them: cross-attention keys and values of every layer, once per
+    prompt.
+
+    Args:
+        layers: per layer keys and values ``[r, l, heads, head dim]``, None where the layer has no
+            cross-attention.
+        mask_r11l: True at valid tokens, None where all are read.
+        pooled_rw: the prompt's share of the time embedding, or None.
+    """
+
+    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+    mask_r11l: Tensor | None = None
+    pooled_rw: Tensor | None = None
+
+    def select(self, rows: Rows) -> TextContext:
+        """Some rows."""
+        return TextContext(
+            tuple(
+                None if kv is None else (take_rows(kv[0], rows), take_rows(kv[1], rows)) for kv in self.layers
+            ),
+            None if self.mask_r11l is None else take_rows(self.mask_r11l, rows),
+            None if self.pooled_rw is None else take_rows(self.pooled_rw, rows),
+        )
+
+    def repeat(self, copies: int) -> TextContext:
+        """All rows ``copies`` times, copy-major (row ``copy * r + i``).
+
+        Copies data: do it once per prompt.
+        """
+
+        def repeated(tensor: Tensor) -> Tensor:
+            return tensor.expand(copies, *tensor.shape).flatten(0, 1)
+
+        if copies == 1:
+            return self
+        return TextContext(
+            tuple(None if kv is None else (repeated(kv[0]), repeated(kv[1])) for kv in self.layers),
+            None if self.mask_r11l is None else repeated(self.mask_r11l),
+            None if self.pooled_rw is None else repeated(self.pooled_rw),
+        )
+
+    def detach(self) -> TextContext:
+        """The same numbers, cut off from autograd."""
+        return TextContext(
+            tuple(None if kv is None else (kv[0].detach(), kv[1].detach()) for kv in self.layers),
+            self.mask_r11l,
+            None if self.pooled_rw is None else self.pooled_rw.detach(),
+        )
+
+    @staticmethod
+    def stack(contexts: Sequence[TextContext]) -> TextContext:
+        """Join contexts of one model along rows."""
+
+        def joined(pick: Sequence[Tensor | None]) -> Tensor | None:
+            tensors = [tensor for tensor in pick if tensor is not None]
+            return torch.cat(tensors) if tensors else None
+
+        layers: list[tuple[Tensor, Tensor] | None] = []
+        for column in zip(*(context.layers for context in contexts), strict=True):
+            pairs = [kv for kv in column if kv is not None]
+            layers.append(
+                (torch.cat([k for k, _ in pairs]), torch.cat([v for _, v in pairs])) if pairs else None
+            )
+        return TextContext(
+            tuple(layers),
+            joined([context.mask_r11l for context in contexts]),
+            joined([context.pooled_rw for context in contexts]),
+        )
+
+
+class DiT(nn.Module):
+    """The network. Parameters as in Wan2.1's checkpoints, plus those of the options that are switched on."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, eps = config.width, config.eps
+        pt, ph, pw = config.patch_size
+        self.patch_embedding = PatchEmbedding(config.in_channels, width, config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_width, width), nn.GELU(approximate="tanh"), nn.Linear(width, width)
+        )
+        self.time_frequencies = TimeFrequencies(config.frequency_width)
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.frequency_width, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.pooled_text = nn.Linear(width, width) if config.pooled_text else None
+        self.spatial_embedding = (
+            SpatialEmbedding(config.spatial_embedding, width)
+            if config.spatial_embedding is not None
+            else None
+        )
+        self.blocks = nn.ModuleList(
+            Block(
+                width,
+                config.ffn_width,
+                config.num_heads,
+                eps,
+                config.qk_norm,
+                config.has_cross_attention(layer),
+            )
+            for layer in range(config.num_layers)
+        )
+        self.head = Head(width, pt * ph * pw * config.out_channels, eps)
+        self._initialise()
+
+    def cache_spec(self) -> CacheSpec:
+        """The layout of this network's entries."""
+        return dense_layout(self.config.num_layers, self.config.num_heads, self.config.head_dim)
+
+    def token_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Tokens per frame as (rows, columns), for latents of this height and width.
+
+        Raises:
+            ConfigError: the patch does not divide the latent's size.
+        """
+        _, ph, pw = self.config.patch_size
+        if height % ph or width % pw:
+            raise ConfigError(
+                f"latents of {height}x{width} do not split into patches of {ph}x{pw}",
+                f"use a latent height that is a multiple of {ph} and a width that is a multiple of {pw}",
+            )
+        return height // ph, width // pw
+
+    def encode_text(self, embeddings_rlw: Tensor, mask_rl: Tensor | None = None) -> TextContext:
+        """Everything the network needs of some prompts, computed once per prompt.
+
+        Args:
+            embeddings_rlw: text embeddings ``[r, l, text_width]`` with at most ``text_length`` tokens;
+                tokens that are padding must be zero where the config does not mask them.
+            mask_rl: bool, True at valid tokens; None where all are. A row without valid tokens reads its
+                first one.
+
+        Raises:
+            ConfigError: too many tokens.
+        """
+        length = embeddings_rlw.shape[1]
+        if length > self.config.text_length:
+            raise ConfigError(
+                f"a prompt of {length} tokens exceeds text_length={self.config.text_length}",
+                "shorten the prompt",
+            )
+        if mask_rl is None:
+            mask_rl = torch.ones(embeddings_rlw.shape[:2], dtype=torch.bool, device=embeddings_rlw.device)
+        first = torch.arange(length, device=mask_rl.device) == 0
+        mask_rl = mask_rl | (first & ~mask_rl.any(1, keepdim=True))
+        if not self.config.mask_text:
+            embeddings_rlw = nn.functional.pad(embeddings_rlw, (0, 0, 0, self.config.text_length - length))
+        text_rlw = self.text_embedding(embeddings_rlw)
+        pooled_rw = None
+        if self.pooled_text is not None:
+            weight_rl1 = mask_rl.unsqueeze(-1).type_as(text_rlw)
+            pooled_rw = self.pooled_text((text_rlw[:, :length] * weight_rl1).sum(1) / weight_rl1.sum(1))
+        layers: list[tuple[Tensor, Tensor] | None] = []
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            layers.append(None if block.cross_attn is None else block.cross_attn.text(text_rlw))
+        return TextContext(
+            tuple(layers), mask_rl[:, None, None] if self.config.mask_text else None, pooled_rw
+        )
+
+    def forward(
+        self, x_rfchw: Tensor, timesteps_rf: Tensor, text: TextContext, view: HistoryView
+    ) -> tuple[Tensor, Entries]:
+        """Predict the flow ``noise - clean`` of some frames that read a history.
+
+        Args:
+            x_rfchw: noisy latents; rows as the view's (``copies * base rows``, copy-major).
+            timesteps_rf: per frame, 0 (clean) to 1000 (noise), on the latents' device.
+            text: prompts, one row per latent row.
+            view: what the frames read, from a history or :func:`~longtake.history.base.full_view`.
+
+        Returns:
+            The flow, of the latents' shape with ``out_channels``, and the tokens' entries (keys un-rotated).
+
+        Raises:
+            HistoryError: the view is older than a commit.
+        """
+        view.check_fresh()
+        pt, ph, pw = self.config.patch_size
+        grid = self.token_grid(*x_rfchw.shape[-2:])
+        assert grid == view.grid, "the view is for another resolution"
+        assert x_rfchw.shape[1] == view.num_frames * pt, "the view is for another number of frames"
+        x_rtw = self.patch_embedding(x_rfchw)
+        if self.spatial_embedding is not None:
+            x_rtw = (x_rtw.unflatten(1, (view.num_frames, -1)) + self.spatial_embedding(grid)).flatten(1, 2)
+        time_rfw = self.time_embedding(self.time_frequencies(timesteps_rf[:, ::pt]).type_as(x_rtw))
+        if text.pooled_rw is not None:
+            time_rfw = time_rfw + text.pooled_rw.unsqueeze(1)
+        time_rf6w = self.time_projection(time_rfw).unflatten(-1, (6, -1))
+        layers = []
+        for layer, block in enumerate(self.blocks):
+            x_rtw, entries = block(x_rtw, time_rf6w, text.layers[layer], text.mask_r11l, view, layer)
+            layers.append(entries)
+        patches = self.head(x_rtw, time_rfw)
+        out_rfchw = rearrange(
+            patches,
+            "r (f h w) (pt ph pw c) -> r (f pt) c (h ph) (w pw)",
+            f=view.num_frames,
+            h=grid[0],
+            pt=pt,
+            ph=ph,
+            pw=pw,
+        )
+        if self.config.prediction == "clean":
+            sigma = (timesteps_rf / TIMESTEPS).clamp_min(self.config.clean_sigma_min).type_as(x_rfchw)
+            out_rfchw = (x_rfchw - out_rfchw) / sigma[:, :, None, None, None]
+        return out_rfchw, Entries(tuple(layers))
+
+    def _initialise(self) -> None:
+        """Wan's initial weights: Xavier matrices, zero biases and head, small text and time embeddings."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        for sequence in (self.text_embedding, self.time_embedding):
+            for module in sequence.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.normal_(module.weight, std=0.02)
+        nn.init.zeros_(self.head.head.weight)

@@ -1,0 +1,1 @@
+"""Operations without state: rotary positions and attention. Kernel choice stops here."""
