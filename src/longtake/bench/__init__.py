@@ -1,0 +1,1 @@
+"""What generation costs: clocks and meters (``bench.meter``) and the CPU benchmark (``bench.cpu``)."""
