@@ -5,6 +5,9 @@ A timestep is 1000 * sigma. Schedules are warped by ``shift`` as in SD3 and Wan2
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -25,6 +28,18 @@ def nearest_sigma(timestep: float, shift: float) -> float:
     """The sigma of the shifted schedule whose timestep is nearest, as the reference looks it up."""
     sigmas = shifted_sigmas(shift)
     return float(sigmas[(sigmas * NUM_TRAIN_STEPS - timestep).abs().argmin()])
+
+
+class Steps(NamedTuple):
+    """What a sampler runs: at each step what the network is told, and the noise level."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+def steps_at(timesteps: Sequence[float], shift: float) -> Steps:
+    """Steps at given (already warped) timesteps; each takes the sigma of the nearest shifted timestep."""
+    return Steps(tuple(timesteps), tuple(nearest_sigma(timestep, shift) for timestep in timesteps))
 
 
 class Schedule(Config):
@@ -51,18 +66,12 @@ class Schedule(Config):
             )
         return self
 
-    @property
-    def timesteps(self) -> tuple[float, ...]:
-        """What the network is told at each step, float32-exact as the reference computes it."""
+    def resolve(self) -> Steps:
+        """The timesteps and noise levels to run."""
         if not self.warp:
-            return tuple(float(step) for step in self.steps)
+            return steps_at([float(step) for step in self.steps], self.shift)
         shifted = shifted_sigmas(self.shift) * NUM_TRAIN_STEPS
-        return tuple(float(shifted[NUM_TRAIN_STEPS - step]) for step in self.steps)
-
-    @property
-    def sigmas(self) -> tuple[float, ...]:
-        """The noise level of each step."""
-        return tuple(nearest_sigma(timestep, self.shift) for timestep in self.timesteps)
+        return steps_at([float(shifted[NUM_TRAIN_STEPS - step]) for step in self.steps], self.shift)
 
 
 def to_clean(x: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:

@@ -1,0 +1,214 @@
+"""Run golden recordings through the engine and say how far it is from them.
+
+A recording is a safetensors file of random weights, inputs and outputs of a public reference
+implementation, with the configuration in its metadata (all values are strings). See tests/data/README.md
+for the format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from longtake.diffusion.flow import Steps, steps_at
+from longtake.diffusion.sampler import context_pass, sample_chunk
+from longtake.errors import CheckpointError, nearest
+from longtake.history.base import HistoryConfig, full_view
+from longtake.history.positions import Absolute, Relative
+from longtake.history.pure import PureHistory
+from longtake.history.slots import SlotHistory
+from longtake.io.checkpoints import load_into, read_safetensors
+from longtake.models.dit import DiT, DiTConfig
+
+STATE = "state."
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """How a recording compares.
+
+    Args:
+        parts: per recorded output the largest absolute error, NaN counting as infinite.
+        tolerance: what is allowed.
+    """
+
+    path: Path
+    kind: str
+    parts: Mapping[str, float]
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Every part is within the tolerance."""
+        return all(error <= self.tolerance for error in self.parts.values())
+
+
+class Recording:
+    """A recording's tensors and typed access to its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.tensors, self.metadata = read_safetensors(path)
+
+    @property
+    def kind(self) -> str:
+        """``rollout``, ``single`` or ``memory``; told by the tensors where the metadata does not say."""
+        return self.metadata.get("kind", "rollout" if "noise" in self.tensors else "single")
+
+    def tensor(self, name: str) -> Tensor:
+        """A recorded tensor. Raises CheckpointError where there is none of that name."""
+        if name not in self.tensors:
+            others = [other for other in self.tensors if not other.startswith(STATE)]
+            raise CheckpointError(f"{self.path} holds no tensor {name!r}", nearest(name, others))
+        return self.tensors[name]
+
+    def text(self, name: str) -> str:
+        """A metadata value. Raises CheckpointError where there is none of that name."""
+        if name not in self.metadata:
+            raise CheckpointError(f"{self.path} has no metadata {name!r}", nearest(name, self.metadata))
+        return self.metadata[name]
+
+    def number(self, name: str) -> float:
+        """A metadata value as a number. Raises CheckpointError where it is none."""
+        text = self.text(name)
+        try:
+            return float(text)
+        except ValueError as error:
+            raise CheckpointError(f"{self.path}: {name}={text!r} is no number", "record it again") from error
+
+    def integer(self, name: str) -> int:
+        """A metadata value as an integer."""
+        return int(self.number(name))
+
+    def dit(self) -> DiT:
+        """The recorded network."""
+        patch = [int(size) for size in self.text("patch_size").strip("()[] ").split(",")]
+        if len(patch) != 3:
+            raise CheckpointError(f"{self.path}: patch_size={patch} has no three sizes", "record it again")
+        state = {name.removeprefix(STATE): t for name, t in self.tensors.items() if name.startswith(STATE)}
+        config = DiTConfig(
+            width=self.integer("dim"),
+            ffn_width=self.integer("ffn_dim"),
+            num_layers=self.integer("num_layers"),
+            num_heads=self.integer("num_heads"),
+            in_channels=self.integer("in_dim"),
+            out_channels=self.integer("out_dim"),
+            patch_size=(patch[0], patch[1], patch[2]),
+            text_width=self.integer("text_dim"),
+            text_length=self.integer("text_len"),
+            frequency_width=self.integer("freq_dim"),
+            eps=self.number("eps"),
+            qk_norm="blocks.0.self_attn.norm_q.weight" in state,
+        )
+        dit = DiT(config)
+        load_into(dit, state, str(self.path))
+        return dit.eval()
+
+    def history(self) -> HistoryConfig:
+        """The recorded window.
+
+        No window, 0 or -1 mean unlimited, where relative ids are plain frame indices.
+        """
+        window = self.integer("window_frames") if "window_frames" in self.metadata else 0
+        sink = max(0, self.integer("sink_frames")) if "sink_frames" in self.metadata else 0
+        relative = self.metadata.get("rope", "absolute").startswith("relative")
+        return HistoryConfig(
+            window_frames=window if window > 0 else None,
+            sink_frames=sink,
+            chunk_frames=self.integer("frames_per_chunk"),
+            positions=Relative(f_max=window - 1) if relative and window > 0 else Absolute(),
+        )
+
+    def steps(self) -> Steps:
+        """The recorded timesteps, already warped."""
+        timesteps = [float(timestep) for timestep in self.tensor("timesteps").flatten()]
+        return steps_at(timesteps, self.number("timestep_shift"))
+
+
+@torch.no_grad()
+def verify_file(path: Path, tolerance: float = 1e-4) -> VerifyReport:
+    """Run one recording through the engine.
+
+    Raises:
+        CheckpointError: unreadable, incomplete, or of a kind that is not supported.
+        ConfigError: a configuration the engine refuses.
+    """
+    recording = Recording(path)
+    match recording.kind:
+        case "single":
+            parts = _verify_single(recording)
+        case "rollout":
+            parts = _verify_rollout(recording)
+        case kind:
+            remedy = "verify recordings of kind 'rollout' or 'single'"
+            raise CheckpointError(f"{path}: recordings of kind {kind!r} are not supported yet", remedy)
+    return VerifyReport(path, recording.kind, parts, tolerance)
+
+
+def _verify_single(recording: Recording) -> dict[str, float]:
+    dit, x = recording.dit(), recording.tensor("x")
+    frames = x.shape[1] // dit.config.patch_size[0]
+    view = full_view(dit.cache_spec(), range(frames), dit.token_grid(x.shape[-2], x.shape[-1]))
+    timesteps = recording.tensor("timestep").reshape(x.shape[0], -1).expand(x.shape[:2])
+    flow, _ = dit(x, timesteps, dit.encode_text(recording.tensor("context")), view)
+    return {"flow": max_error(flow, recording.tensor("flow"))}
+
+
+def _verify_rollout(recording: Recording) -> dict[str, float]:
+    flows, latents = rollout(recording, functional=False)
+    functional_flows, functional_latents = rollout(recording, functional=True)
+    recorded_flows, recorded_latents = recording.tensor("flows"), recording.tensor("latents")
+    return {
+        "flows (in place)": max_error(torch.stack(flows), recorded_flows),
+        "latents (in place)": max_error(latents, recorded_latents),
+        "flows (functional)": max_error(torch.stack(functional_flows), recorded_flows),
+        "latents (functional)": max_error(functional_latents, recorded_latents),
+    }
+
+
+@torch.no_grad()
+def rollout(recording: Recording, functional: bool) -> tuple[list[Tensor], Tensor]:
+    """Play a recorded rollout: every flow in order, and the latents ``[b, f, c, h, w]``."""
+    dit, config, steps = recording.dit(), recording.history(), recording.steps()
+    if dit.config.patch_size[0] != 1:
+        raise CheckpointError(
+            f"{recording.path}: patch_size={dit.config.patch_size} joins frames",
+            "a history needs 1 frame a patch",
+        )
+    noise = recording.tensor("noise")
+    batch, num_frames = noise.shape[:2]
+    grid = dit.token_grid(noise.shape[-2], noise.shape[-1])
+    text = dit.encode_text(recording.tensor("context").expand(batch, -1, -1))
+    context_timestep = (
+        recording.number("context_timestep") if "context_timestep" in recording.metadata else 0.0
+    )
+    pure = PureHistory(config, dit.cache_spec(), grid)
+    fixed = SlotHistory(config, dit.cache_spec(), grid, batch, max_frames=num_frames)
+    slots = [fixed.join() for _ in range(batch)]
+    flows: list[Tensor] = []
+    latents: list[Tensor] = []
+    size = config.chunk_frames
+    for chunk in range(recording.integer("chunks")):
+        view = pure.view() if functional else fixed.view(slots)
+        start = noise[:, chunk * size : (chunk + 1) * size]
+        renoise = [recording.tensor("renoise")[chunk, step] for step in range(len(steps.timesteps) - 1)]
+        clean = sample_chunk(dit, text, view, [start, *renoise], steps, on_flow=flows.append)
+        entries = context_pass(dit, text, view, clean, timestep=context_timestep)
+        if functional:
+            pure = pure.commit(entries)
+        else:
+            fixed.commit(entries, slots)
+        latents.append(clean)
+    return flows, torch.cat(latents, dim=1)
+
+
+def max_error(ours: Tensor, recorded: Tensor) -> float:
+    """Largest absolute difference; infinite where shapes differ or either is not a number."""
+    if ours.shape != recorded.shape:
+        return float("inf")
+    error = float((ours - recorded).abs().max())
+    return error if error == error else float("inf")
