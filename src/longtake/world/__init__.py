@@ -6,7 +6,7 @@ Scenes are deterministic from a seed, of any length and resolution, and rendered
 from longtake.world.captions import WORDS, Attributes, Described, Split, parse_caption
 from longtake.world.errors import WorldError
 from longtake.world.render import render, render_masks
-from longtake.world.sampling import sample_scene
+from longtake.world.sampling import sample_scene, scene_for_prompt
 from longtake.world.scene import Scene, SceneObject, Segment, Truth
 from longtake.world.vocabulary import FPS, VERSION
 
@@ -26,4 +26,5 @@ __all__ = [
     "render",
     "render_masks",
     "sample_scene",
+    "scene_for_prompt",
 ]

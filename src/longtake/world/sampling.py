@@ -12,7 +12,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from longtake.world.captions import Described, Split, write_caption
+from longtake.world.captions import Described, Split, parse_caption, write_caption
 from longtake.world.errors import WorldError
 from longtake.world.motion import Camera, Line, Orbit, Path
 from longtake.world.scene import Hills, Scene, SceneObject, Segment
@@ -49,6 +49,9 @@ PAN_VIEWS: Final = 3
 PAN_SPEED_RANGE_PX: Final = (0.8, 1.6)
 SWITCH_FRAMES: Final = (48, 160)
 """A prompt switch comes this many frames after the one before it."""
+
+PROMPT_KEY: Final = 3
+"""Keeps the draws of `scene_for_prompt` apart from those of the splits."""
 
 
 class _Draw:
@@ -110,6 +113,39 @@ def sample_scene(seed: int, level: int = 1, split: Split = "train", aspect: floa
     return Scene(seed=seed, level=level, aspect=aspect, segments=segments)
 
 
+def scene_for_prompt(text: str, seed: int, level: int = 1, aspect: float = 1.0) -> Scene:
+    """A real clip of what a prompt asks for; what it leaves open (places, speeds) is drawn from the seed.
+
+    Args:
+        text: A prompt that names at least one object by colour and shape; see `captions.parse_caption`.
+        seed: Any non-negative integer.
+        level: 1 or 2: which backgrounds may be drawn where the prompt names none.
+        aspect: Width of the view over its height.
+
+    Raises:
+        WorldError: The prompt names no object.
+    """
+    asked = parse_caption(text)
+    if not asked.objects:
+        raise WorldError(
+            f"the prompt {text!r} names no object",
+            f"name a colour ({', '.join(COLOURS)}) and a shape ({', '.join(SHAPES)})",
+        )
+    draw = _Draw(seed, level, PROMPT_KEY)
+    drawn: Background = draw.choice(LEVEL_1_BACKGROUNDS if level == 1 else BACKGROUNDS)
+    background = drawn if asked.background is None else asked.background
+    objects = []
+    for item in asked.objects:
+        assert item.colour is not None, "a parsed object has a colour"
+        assert item.shape is not None, "a parsed object has a shape"
+        motion = draw.choice(MOTIONS) if item.motion is None else item.motion
+        combination = (item.colour, item.shape, motion)
+        objects.append(_object(draw, combination, item.size or "large", "any", 0.0, aspect))
+    hills = _hills(draw) if background == "hills" else None
+    segment = Segment(0, tuple(objects), background, hills, Camera(), text)
+    return Scene(seed=seed, level=level, aspect=aspect, segments=(segment,))
+
+
 def _segment(draw: _Draw, level: int, split: Split, aspect: float, start: int, panning: bool) -> Segment:
     background = draw.choice(LEVEL_1_BACKGROUNDS if level == 1 else BACKGROUNDS)
     camera = Camera()
@@ -126,15 +162,17 @@ def _segment(draw: _Draw, level: int, split: Split, aspect: float, start: int, p
         zone = draw.below(PAN_VIEWS) if panning and index else 0
         size: Size = "large" if level == 1 or draw.below(2) else "small"
         objects.append(_object(draw, combination, size, split, zone * aspect, aspect))
-    hills = None
-    if background == "hills":
-        waves = tuple(
-            (draw.uniform(*amplitude), draw.uniform(*wavelength), draw.uniform(0, 2 * math.pi))
-            for amplitude, wavelength in (((0.05, 0.09), (0.9, 1.4)), ((0.02, 0.04), (0.4, 0.6)))
-        )
-        hills = Hills(level=draw.uniform(0.6, 0.7), waves=waves)
+    hills = _hills(draw) if background == "hills" else None
     caption = _caption(draw, objects, background, split, panning)
     return Segment(start, tuple(objects), background, hills, camera, caption)
+
+
+def _hills(draw: _Draw) -> Hills:
+    waves = tuple(
+        (draw.uniform(*amplitude), draw.uniform(*wavelength), draw.uniform(0, 2 * math.pi))
+        for amplitude, wavelength in (((0.05, 0.09), (0.9, 1.4)), ((0.02, 0.04), (0.4, 0.6)))
+    )
+    return Hills(level=draw.uniform(0.6, 0.7), waves=waves)
 
 
 def _caption(

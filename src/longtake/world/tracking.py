@@ -87,7 +87,7 @@ def _spread(track_td: Float64) -> float:
 def _orbit_residual(track_t2: Float64, time_t: Float64) -> float:
     """Distance from the best uniform circular motion with a radius like the world's.
 
-    For a given angular speed w, center + (a cos wt - b sin wt, a sin wt + b cos wt) is linear in center, a, b.
+    At a given angular speed w, center + (a cos wt - b sin wt, a sin wt + b cos wt) is linear in all three.
     """
     best = np.inf
     magnitudes = np.linspace(*_TURNS, 120)

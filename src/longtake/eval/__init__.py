@@ -1,0 +1,1 @@
+"""Evaluation against the verifiable world: metrics with intervals, the sharded runner, reports."""

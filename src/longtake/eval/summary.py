@@ -1,0 +1,160 @@
+"""From records to tables: metrics with their intervals, differences to the ceilings, drift, subsets, bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+import numpy as np
+
+from longtake.config import Config
+from longtake.eval.runner import WorldEvalConfig
+from longtake.eval.score import METRICS, Record
+from longtake.eval.stats import Estimate, estimate, paired_difference
+from longtake.world import VERSION
+
+BARS: Final[Mapping[str, float]] = {"present": 0.95, "colour": 0.90, "shape": 0.90, "background": 0.90}
+"""What a level must reach before the next one is climbed."""
+
+
+class SourceSummary(Config):
+    """One source's figures.
+
+    Attributes:
+        about: Its provenance.
+        metrics: Mean over scenes of every metric, and `diversity_px`: mean distance (pixels of 64) between
+            the first places of the object in videos of one prompt with different seeds.
+        heldout: The same for prompts with a combination held out from training.
+        seen: The same for the others.
+        windows: The metrics of each window of the clips, in order.
+        drift: Last window less first window, paired by scene; empty for clips of one window.
+    """
+
+    about: dict[str, str]
+    metrics: dict[str, Estimate]
+    heldout: dict[str, Estimate]
+    seen: dict[str, Estimate]
+    windows: tuple[dict[str, Estimate], ...]
+    drift: dict[str, Estimate]
+
+
+class Bar(Config):
+    """A requirement and whether it is met."""
+
+    metric: str
+    required: float
+    value: float | None
+    met: bool
+
+
+class Summary(Config):
+    """An evaluation's result.
+
+    Attributes:
+        config: What was evaluated.
+        config_digest: Of it.
+        world_version: Of the generator of scenes.
+        subject: Name of the source under evaluation; the others are ceilings.
+        sources: Figures by source name.
+        differences: The subject less each ceiling, paired by scene.
+        bars: Requirements on the subject.
+    """
+
+    config: WorldEvalConfig
+    config_digest: str
+    world_version: str
+    subject: str
+    sources: dict[str, SourceSummary]
+    differences: dict[str, dict[str, Estimate]]
+    bars: tuple[Bar, ...]
+
+
+def summarize(
+    config: WorldEvalConfig,
+    subject: str,
+    records: Mapping[str, Sequence[Record]],
+    about: Mapping[str, dict[str, str]],
+) -> Summary:
+    """Puts the records of the subject and its ceilings into tables.
+
+    Args:
+        config: Of the evaluation.
+        subject: Which source is under evaluation.
+        records: By source, in job order.
+        about: Provenance by source.
+    """
+    scenes = {name: [item for item in listed if item.kind == "scene"] for name, listed in records.items()}
+    sources = {
+        name: SourceSummary(
+            about=about[name],
+            metrics={**_estimates(scenes[name]), "diversity_px": estimate(_spreads(listed))},
+            heldout=_estimates([item for item in scenes[name] if item.heldout]),
+            seen=_estimates([item for item in scenes[name] if not item.heldout]),
+            windows=_windows(scenes[name]),
+            drift=_drift(scenes[name]),
+        )
+        for name, listed in records.items()
+    }
+    differences = {
+        name: {
+            metric: paired_difference(
+                [item.scores[metric] for item in scenes[subject]], [item.scores[metric] for item in theirs]
+            )
+            for metric in METRICS
+        }
+        for name, theirs in scenes.items()
+        if name != subject
+    }
+    reached = {metric: sources[subject].metrics[metric].value for metric in BARS}
+    bars = tuple(
+        Bar(metric=metric, required=required, value=value, met=value is not None and value >= required)
+        for metric, required in BARS.items()
+        for value in (reached[metric],)
+    )
+    return Summary(
+        config=config,
+        config_digest=config.digest(),
+        world_version=VERSION,
+        subject=subject,
+        sources=sources,
+        differences=differences,
+        bars=bars,
+    )
+
+
+def _estimates(scenes: Sequence[Record]) -> dict[str, Estimate]:
+    return {metric: estimate([item.scores[metric] for item in scenes]) for metric in METRICS}
+
+
+def _windows(scenes: Sequence[Record]) -> tuple[dict[str, Estimate], ...]:
+    count = min((len(item.windows) for item in scenes), default=0)
+    return tuple(
+        {metric: estimate([item.windows[number][metric] for item in scenes]) for metric in METRICS}
+        for number in range(count)
+    )
+
+
+def _drift(scenes: Sequence[Record]) -> dict[str, Estimate]:
+    if not scenes or min(len(item.windows) for item in scenes) < 2:
+        return {}
+    return {
+        metric: paired_difference(
+            [item.windows[-1][metric] for item in scenes], [item.windows[0][metric] for item in scenes]
+        )
+        for metric in METRICS
+    }
+
+
+def _spreads(records: Sequence[Record]) -> list[float]:
+    """Mean pairwise distance of the first places of each repeated prompt."""
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for item in records:
+        if item.kind == "diversity" and item.first_center is not None:
+            groups.setdefault(item.index, []).append(item.first_center)
+    spreads = []
+    for places in groups.values():
+        if len(places) > 1:
+            points = np.array(places)
+            distances = np.linalg.norm(points[:, None] - points, axis=-1)
+            spreads.append(float(distances[np.triu_indices(len(points), 1)].mean()))
+    return spreads

@@ -1,0 +1,62 @@
+"""An evaluation from end to end: the subject and its ceilings, then the summary and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from longtake.eval.lazy import pyplot
+from longtake.eval.report import write_report
+from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, merge, sheet_path
+from longtake.eval.source import VideoSource
+from longtake.eval.summary import Summary, summarize
+
+SUMMARY_NAME = "summary.json"
+Progress = Callable[[str, int, int], None]
+"""Called with a source's name and its (finished, all) streams."""
+
+
+def run_world_eval(
+    config: WorldEvalConfig,
+    subject: VideoSource,
+    ceilings: tuple[VideoSource, ...],
+    out: Path,
+    shard: Shard | None = None,
+    progress: Progress | None = None,
+) -> Summary | None:
+    """Evaluates one shard of every source; the last shard to finish writes `summary.json` and the report.
+
+    Args:
+        config: What to evaluate.
+        subject: The source under evaluation.
+        ceilings: Sources to compare with, as a rule `TruthSource` and the autoencoder's
+            `ReconstructionSource`; they are given the same prompts and seeds.
+        out: Directory for records, summary and report.
+        shard: Which part; all by default.
+        progress: Told about every finished batch.
+
+    Returns:
+        The summary, or None while other shards are missing.
+
+    Raises:
+        EvalError: `out` holds records of another evaluation, or matplotlib (extra `eval`) is missing.
+    """
+    pyplot()  # a missing package is told before hours of work, not after
+    sources = (subject, *ceilings)
+    for source in sources:
+        tell = None if progress is None else _bound(progress, source.name)
+        evaluate(config, source, out, shard, tell)
+    merged = {source.name: merge(config, source, out) for source in sources}
+    complete = {name: records for name, records in merged.items() if records is not None}
+    if len(complete) < len(sources):
+        return None
+    about = {source.name: source.about for source in sources}
+    summary = summarize(config, subject.name, complete, about)
+    summary.dump(out / SUMMARY_NAME)
+    sheets = {source.name: sheet_path(out, source.name) for source in sources}
+    write_report(summary, out, {name: path for name, path in sheets.items() if path.exists()})
+    return summary
+
+
+def _bound(progress: Progress, name: str) -> Callable[[int, int], None]:
+    return lambda finished, total: progress(name, finished, total)
