@@ -1,4 +1,4 @@
-"""How good a video autoencoder is: PSNR on real clips, and what the detectors still read in reconstructions."""
+"""How good a video autoencoder is: PSNR on real clips, and what detectors still read in reconstructions."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def evaluate_autoencoder(config: AutoencoderEvalConfig, source: ReconstructionSo
         for listed, meter in zip((real, coded), meters, strict=True):
             for prompt, measured in zip(prompts[part], meter.results(), strict=True):
                 listed.append(score(measured, parse_caption(prompt), num_frames)[0])
-    difference = {
+    lost = {
         metric: paired_difference([item[metric] for item in coded], [item[metric] for item in real])
         for metric in METRICS
     }
@@ -96,7 +96,7 @@ def evaluate_autoencoder(config: AutoencoderEvalConfig, source: ReconstructionSo
         psnr_db=estimate(psnr),
         truth={metric: estimate([item[metric] for item in real]) for metric in METRICS},
         reconstruction={metric: estimate([item[metric] for item in coded]) for metric in METRICS},
-        difference=difference,
+        difference=lost,
         failed=(),
     )
     return report.replace(failed=_failed(report))

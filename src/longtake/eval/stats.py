@@ -35,7 +35,8 @@ def wilson(successes: int, total: int) -> tuple[float, float]:
     square = Z_95**2
     center = (share + square / (2 * total)) / (1 + square / total)
     half = Z_95 * math.sqrt(share * (1 - share) / total + square / (4 * total**2)) / (1 + square / total)
-    return (max(0.0, center - half), min(1.0, center + half))
+    # At the ends the bound is the share itself; rounding must not say otherwise.
+    return (0.0 if successes == 0 else center - half, 1.0 if successes == total else center + half)
 
 
 def bootstrap(values: Sequence[float]) -> tuple[float, float]:
