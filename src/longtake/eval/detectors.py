@@ -1,4 +1,4 @@
-"""How often the detectors are right where the truth is known: rendered frames, after H.264, blurred and noisy.
+"""How often the detectors are right where truth is known: rendered, H.264-coded, and blurred noisy frames.
 
 An object counts where at least `MIN_VISIBLE` of it is in view and uncovered; the number of objects where all
 of them are.
