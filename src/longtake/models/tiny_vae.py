@@ -1,0 +1,237 @@
+"""The small causal video VAE that ships: 4x in time, 8x8 in space, one network run whole or as a stream.
+
+A latent frame covers `temporal_stride` pixel frames; the first latent frame of a video covers one pixel frame
+(as in Wan's VAE), which the encoder sees as a group of identical frames and of which the decoder keeps the
+last. Groups are folded into channels, so that every layer is a 2D convolution; time is mixed by causal layers
+at the coarsest resolution, each of which looks one latent frame back. That one kept frame per layer is the
+whole streaming state, so chunk-wise and one-shot runs are the same computation.
+
+Legend: b batch, t pixel frames, f latent frames, h/w height and width, c channels, n = b*f rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from longtake.config import Config
+from longtake.errors import ModelError
+
+State = dict[str, Tensor]
+STARTED = "started"
+
+
+class TinyVAEConfig(Config):
+    """Shape of the small VAE. Widths are channels per level, from the finest to the coarsest."""
+
+    pixel_channels: int = Field(3, ge=1)
+    latent_channels: int = Field(16, ge=1)
+    temporal_stride: int = Field(4, ge=1)
+    encoder_widths: tuple[int, int] = (96, 192)
+    decoder_widths: tuple[int, int, int] = (64, 96, 192)
+    num_blocks: int = Field(2, ge=1)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent cell along height and width: 4 by folding, 2 by the strided layer."""
+        return 8
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions behind ReLU, added to the input; the second starts small so that depth is free."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        nn.init.normal_(self.conv2.weight, std=0.1 * (9 * width) ** -0.5)
+
+    def forward(self, x_nchw: Tensor) -> Tensor:
+        """Same shape."""
+        out: Tensor = x_nchw + self.conv2(F.relu(self.conv1(F.relu(x_nchw))))
+        return out
+
+
+class CausalTimeMix(nn.Module):
+    """Adds a projection of the previous latent frame's features (zeros before the first)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 1, bias=False)
+        nn.init.normal_(self.conv.weight, std=0.1 * width**-0.5)
+
+    def forward(self, x_nchw: Tensor, previous_bchw: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the mixed features [b*f,c,h,w] and the last frame's input [b,c,h,w], which is the new
+        state.
+        """
+        batch = previous_bchw.shape[0]
+        x_bfchw = x_nchw.unflatten(0, (batch, -1))
+        past_bfchw = torch.cat([previous_bchw.to(x_nchw.dtype)[:, None], x_bfchw[:, :-1]], dim=1)
+        return x_nchw + self.conv(F.relu(past_bfchw.flatten(0, 1))), x_bfchw[:, -1]
+
+
+class _Trunk(nn.Module):
+    """The coarsest level of either half: residual blocks with a causal time mix before each."""
+
+    def __init__(self, width: int, num_blocks: int) -> None:
+        super().__init__()
+        self.mixes = nn.ModuleList(CausalTimeMix(width) for _ in range(num_blocks))
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(num_blocks))
+
+    def forward(self, x_nchw: Tensor, state: State) -> tuple[Tensor, State]:
+        new_state: State = {}
+        for i, (mix, block) in enumerate(zip(self.mixes, self.blocks, strict=True)):
+            x_nchw, new_state[f"mix{i}"] = mix(x_nchw, state[f"mix{i}"])
+            x_nchw = block(x_nchw)
+        return x_nchw, new_state
+
+
+class TinyEncoder(nn.Module):
+    """Groups of pixel frames -> latent frames."""
+
+    def __init__(self, config: TinyVAEConfig) -> None:
+        super().__init__()
+        fine, coarse = config.encoder_widths
+        self.stem = nn.Conv2d(config.pixel_channels * config.temporal_stride * 16, fine, 3, padding=1)
+        self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(config.num_blocks)))
+        self.down = nn.Conv2d(fine, coarse, 4, stride=2, padding=1)
+        self.trunk = _Trunk(coarse, config.num_blocks)
+        self.head = nn.Conv2d(coarse, config.latent_channels, 3, padding=1)
+
+    def forward(self, groups_nchw: Tensor, state: State) -> tuple[Tensor, State]:
+        """Raw latents [n,c,h,w] of groups of frames folded into channels, and the new state."""
+        x = self.fine(self.stem(F.pixel_unshuffle(groups_nchw, 4)))
+        x, state = self.trunk(self.down(x), state)
+        return self.head(F.relu(x)), state
+
+
+class TinyDecoder(nn.Module):
+    """Latent frames -> groups of pixel frames."""
+
+    def __init__(self, config: TinyVAEConfig) -> None:
+        super().__init__()
+        fine, middle, coarse = config.decoder_widths
+        self.stem = nn.Conv2d(config.latent_channels, coarse, 3, padding=1)
+        self.trunk = _Trunk(coarse, config.num_blocks)
+        self.up1 = nn.Conv2d(coarse, 4 * middle, 1)
+        self.middle = nn.Sequential(*(ResidualBlock(middle) for _ in range(config.num_blocks)))
+        self.up2 = nn.Conv2d(middle, 4 * fine, 1)
+        self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(config.num_blocks)))
+        self.head = nn.Conv2d(fine, 4 * config.pixel_channels * config.temporal_stride, 3, padding=1)
+
+    def forward(self, latents_nchw: Tensor, state: State) -> tuple[Tensor, State]:
+        """Groups of frames folded into channels, and the new state."""
+        x, state = self.trunk(self.stem(latents_nchw), state)
+        x = self.middle(F.pixel_shuffle(self.up1(F.relu(x)), 2))
+        x = self.fine(F.pixel_shuffle(self.up2(F.relu(x)), 2))
+        return F.pixel_shuffle(self.head(F.relu(x)), 2), state
+
+
+class TinyVAE(nn.Module):
+    """Causal video VAE: pixels in [-1, 1], latents normalised to about unit variance per channel.
+
+    `latent_mean` and `latent_std` are measured after training; they start as 0 and 1.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(self, config: TinyVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = TinyEncoder(config)
+        self.decoder = TinyDecoder(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    def init_encode_state(self, batch: int, height: int, width: int) -> State:
+        """State before the first frame. `height` and `width` in pixels; raises ModelError unless multiples of
+        8.
+        """
+        return self._init_state(self.encoder.trunk, self.config.encoder_widths[-1], batch, height, width)
+
+    def init_decode_state(self, batch: int, height: int, width: int) -> State:
+        """State before the first latent frame; sizes in pixels, ModelError unless multiples of 8."""
+        return self._init_state(self.decoder.trunk, self.config.decoder_widths[-1], batch, height, width)
+
+    def encode_chunk(self, frames_bthwc: Tensor, state: State) -> tuple[Tensor, State]:
+        """Encode the next pixel frames of every stream in the batch.
+
+        Args:
+            frames_bthwc: floats in [-1, 1]; t = 1 + k*stride frames at the start of a video, k*stride later.
+            state: from `init_encode_state` or the previous call. Never changed in place.
+
+        Returns:
+            normalised latents [b,f,c,h,w] and the new state.
+
+        Raises:
+            ModelError: the number of frames does not fill whole latent frames.
+        """
+        raw, state = self.encode_raw(frames_bthwc, state)
+        return (raw - self.latent_mean[:, None, None]) / self.latent_std[:, None, None], state
+
+    def encode_raw(self, frames_bthwc: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `encode_chunk`, without the normalisation (what training the VAE itself uses)."""
+        stride, batch = self.config.temporal_stride, frames_bthwc.shape[0]
+        first = not self._started(state)
+        num_frames = frames_bthwc.shape[1]
+        if num_frames < 1 or (num_frames - first) % stride != 0:
+            expected = f"1 + k*{stride}" if first else f"k*{stride}"
+            raise ModelError(
+                f"{num_frames} pixel frames do not fill whole latent frames; pass {expected} of them here"
+            )
+        if first:
+            frames_bthwc = torch.cat(
+                [frames_bthwc[:, :1].expand(-1, stride, -1, -1, -1), frames_bthwc[:, 1:]], dim=1
+            )
+        groups = rearrange(frames_bthwc, "b (f g) h w c -> (b f) (g c) h w", g=stride)
+        latents, trunk = self.encoder(groups.contiguous(memory_format=torch.channels_last), state)
+        return latents.unflatten(0, (batch, -1)), self._after(state, trunk)
+
+    def decode_chunk(self, latents_bfchw: Tensor, state: State) -> tuple[Tensor, State]:
+        """Decode the next latent frames of every stream in the batch.
+
+        Args:
+            latents_bfchw: normalised latents.
+            state: from `init_decode_state` or the previous call. Never changed in place.
+
+        Returns:
+            frames [b,t,h,w,c] in about [-1, 1] (not clamped) and the new state. The first latent frame of a
+            video gives one pixel frame, every other `temporal_stride`.
+        """
+        raw = latents_bfchw * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        return self.decode_raw(raw, state)
+
+    def decode_raw(self, raw_bfchw: Tensor, state: State) -> tuple[Tensor, State]:
+        """As `decode_chunk`, from latents that are not normalised."""
+        batch, stride = raw_bfchw.shape[0], self.config.temporal_stride
+        rows = raw_bfchw.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        groups, trunk = self.decoder(rows, state)
+        frames = rearrange(groups, "(b f) (g c) h w -> b (f g) h w c", b=batch, g=stride)
+        if not self._started(state):
+            frames = frames[:, stride - 1 :]
+        return frames, self._after(state, trunk)
+
+    def _init_state(self, trunk: _Trunk, width: int, batch: int, height: int, pixel_width: int) -> State:
+        stride = self.config.spatial_stride
+        if height % stride or pixel_width % stride or height < stride or pixel_width < stride:
+            raise ModelError(f"{height}x{pixel_width} pixels: height and width must be multiples of {stride}")
+        like = self.latent_mean
+        shape = (batch, width, height // stride, pixel_width // stride)
+        state = {f"mix{i}": like.new_zeros(shape) for i in range(len(trunk.mixes))}
+        state[STARTED] = torch.zeros(batch, dtype=torch.bool)  # on the host: it decides shapes
+        return state
+
+    @staticmethod
+    def _started(state: State) -> bool:
+        started = state[STARTED]
+        if bool(started.any()) != bool(started.all()):
+            raise ModelError("a batch mixes streams before and after their first frame; group them by state")
+        return bool(started.all())
+
+    @staticmethod
+    def _after(state: State, trunk: State) -> State:
+        return {**trunk, STARTED: torch.ones_like(state[STARTED])}

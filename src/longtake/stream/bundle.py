@@ -1,0 +1,147 @@
+"""A complete small model in one file: video VAE, text encoder, DiT and how to stream with them.
+
+The file is a safetensors file with tensors `vae.*`, `text.*` and `dit.*`, stored in half precision and
+computed in single, and a `ModelCard` as JSON under the metadata key `longtake`. `longtake models` reads the
+header alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from longtake.config import Config
+from longtake.errors import CheckpointError, ConfigError, nearest
+from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.stream.pipeline import Pipeline, StreamConfig
+
+METADATA_KEY = "longtake"
+
+
+class ModelCard(Config):
+    """Everything about a small model that is not a weight."""
+
+    name: str = Field(min_length=1)
+    level: int = Field(ge=1, description="world level that the model was trained for")
+    recipe: str = Field(description="recipe it was trained by, with its changes, as JSON")
+    vae: TinyVAEConfig
+    text: TinyTextConfig
+    dit: DiTConfig
+    stream: StreamConfig
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to stream. `digest` identifies the weights (SHA-256, hex)."""
+
+    card: ModelCard
+    pipeline: Pipeline
+    digest: str
+    path: Path
+
+
+def shipped_models() -> dict[str, Path]:
+    """Names and files of the models that come with the package."""
+    folder = Path(str(resources.files("longtake"))) / "weights"
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The file of a shipped model's name, or of a path.
+
+    Raises:
+        CheckpointError: neither a shipped name nor an existing `.safetensors` file.
+    """
+    shipped = shipped_models()
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.suffix == ".safetensors" or len(path.parts) > 1:
+        raise CheckpointError(f"no model file at {name_or_path!r}", "check the path")
+    raise CheckpointError(f"unknown model {name_or_path!r}", nearest(name_or_path, shipped))
+
+
+def read_card(path: Path) -> ModelCard:
+    """The card in a model file's header; no tensor is read.
+
+    Raises:
+        CheckpointError: unreadable, damaged, or no model of ours.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot read the model {path}: {error}", "check the path or fetch it again"
+        ) from error
+    if METADATA_KEY not in metadata:
+        raise CheckpointError(
+            f"{path} has no {METADATA_KEY!r} metadata, so it is no streamable model",
+            "give one that `longtake train` wrote",
+        )
+    try:
+        return ModelCard.loads(metadata[METADATA_KEY], source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(
+            f"the model's description is damaged or of another version: {error.problem}", error.remedy
+        ) from error
+
+
+def build(card: ModelCard) -> nn.ModuleDict:
+    """The model's three networks, untrained, under the names of the file."""
+    return nn.ModuleDict({"vae": TinyVAE(card.vae), "text": TinyTextEncoder(card.text), "dit": DiT(card.dit)})
+
+
+def load_networks(path: Path) -> tuple[ModelCard, nn.ModuleDict]:
+    """Card and networks of a model file, in single precision. Raises CheckpointError as `load_model`."""
+    card = read_card(path)
+    state, _ = read_safetensors(path)
+    networks = build(card)
+    load_into(networks, state, str(path))
+    for name, tensor in networks.state_dict().items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{path}: {name!r} holds values that are not finite", "fetch the file again"
+            )
+    return card, networks
+
+
+def load_model(name_or_path: str) -> LoadedModel:
+    """Load a shipped model by name or any model file by path.
+
+    Raises:
+        CheckpointError: unknown name, unreadable or damaged file, weights that do not fit the card.
+    """
+    path = resolve_model(name_or_path)
+    card, networks = load_networks(path)
+    networks.eval().requires_grad_(False)
+    vae, text, dit = networks["vae"], networks["text"], networks["dit"]
+    assert isinstance(vae, TinyVAE)
+    assert isinstance(text, TinyTextEncoder)
+    assert isinstance(dit, DiT)
+    vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return LoadedModel(
+        card, Pipeline(dit, vae, text, card.stream), weights_digest(networks.state_dict()), path
+    )
+
+
+def save_model(path: Path, card: ModelCard, networks: Mapping[str, nn.Module]) -> None:
+    """Write a model file whole or not at all. Raises CheckpointError where the path cannot be written."""
+    tensors: dict[str, Tensor] = {
+        f"{part}.{name}": tensor.detach().half().contiguous()
+        for part, module in networks.items()
+        for name, tensor in module.state_dict().items()
+    }
+    write_safetensors(path, tensors, {METADATA_KEY: card.dumps()})

@@ -1,0 +1,1 @@
+"""Training: optimisers, a resumable loop, and the stages (video VAE, cached latents, chunk-causal DiT)."""

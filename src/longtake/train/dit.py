@@ -1,0 +1,212 @@
+"""Chunk-causal training of the small DiT with teacher forcing, through the very history that serving uses.
+
+A clip is walked chunk by chunk. One forward per chunk sees several noisy copies of it and the clean one at
+t=0 (the context pass) over one view of the history; the clean rows are then committed functionally, so that
+gradients flow through the cache. Positions, window, sink and eviction are therefore those of serving by
+construction.
+
+Legend: b clips, n noisy copies, f latent frames, c channels, h/w latent rows and columns; rows are copy-
+major.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from longtake.config import Config
+from longtake.history.base import HistoryConfig
+from longtake.history.pure import PureHistory
+from longtake.models.dit import DiT, TextContext
+from longtake.models.tiny_text import TinyTextEncoder
+from longtake.train.latents import Clips
+from longtake.train.loop import LoopConfig
+from longtake.train.optim import MuonAdamW, split_parameters
+
+_EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
+
+
+class DiTTrainingConfig(Config):
+    """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
+
+    loop: LoopConfig = LoopConfig()
+    num_clips: int = Field(16, ge=0, description="clips per step that are walked through all chunks")
+    num_chunks: int = Field(7, ge=1, description="chunks of a clip")
+    num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
+    num_first_clips: int = Field(
+        0, ge=0, description="clips per step of which only the first chunk is trained"
+    )
+    text_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained without their caption")
+    foreground_weight: float = Field(4.0, ge=1, description="weight of foreground cells at the start")
+    final_foreground_weight: float = Field(1.5, ge=1, description="and at the end of the stage")
+    min_weight_sigma: float = Field(
+        0.25, gt=0, le=1, description="errors of the clean latents weigh 1/max(sigma, this)"
+    )
+    context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
+    muon_learning_rate: float = Field(4e-3, gt=0)
+    adamw_learning_rate: float = Field(1.5e-3, gt=0)
+
+
+class TextToLatents(nn.Module):
+    """The two networks that are trained together: text encoder and DiT."""
+
+    def __init__(self, text: TinyTextEncoder, dit: DiT) -> None:
+        super().__init__()
+        self.text = text
+        self.dit = dit
+
+    def encode(self, captions: list[str]) -> TextContext:
+        """Cross-attention keys and values of captions, ready for the DiT."""
+        embeddings_bld, mask_bl = self.text.encode(captions)
+        return self.dit.encode_text(embeddings_bld, mask_bl)
+
+
+class DiTTask:
+    """The stage's module, optimiser, loss and evaluation (see `train.loop.Task`)."""
+
+    def __init__(
+        self,
+        module: TextToLatents,
+        history: HistoryConfig,
+        config: DiTTrainingConfig,
+        first_clips: Clips,
+        clips: Clips | None,
+        held_out: Clips,
+    ) -> None:
+        self.module = module
+        self.history = history
+        self.config = config
+        self.first_clips = first_clips
+        self.clips = clips
+        self.held_out = held_out
+        muon, adamw = split_parameters(
+            module, adamw_names=("embedding", "position", "modulation", "head.head")
+        )
+        self.optimizer = MuonAdamW(muon, adamw, config.muon_learning_rate, config.adamw_learning_rate)
+
+    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Weighted error of the clean latents over all chunks of the step's clips."""
+        config = self.config
+        rng = np.random.default_rng((config.loop.seed, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        weight = config.foreground_weight + progress * (
+            config.final_foreground_weight - config.foreground_weight
+        )
+        parts: list[tuple[Tensor, Tensor]] = []
+        for clips, count, num_chunks in (
+            (self.first_clips, config.num_first_clips, 1),
+            (self.clips, config.num_clips, config.num_chunks),
+        ):
+            if clips is not None and count > 0:
+                rows = torch.from_numpy(rng.integers(len(clips), size=count))
+                parts += self._walk(clips, rows, num_chunks, weight, generator)
+        loss = torch.stack([part for part, _ in parts]).mean()
+        foreground = torch.stack([error for _, error in parts])
+        return loss, {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
+
+    def _walk(
+        self,
+        clips: Clips,
+        rows: Tensor,
+        num_chunks: int,
+        foreground_weight: float,
+        generator: torch.Generator,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """(loss, foreground error) of every chunk of the chosen clips."""
+        config, frames, num_copies = self.config, self.history.chunk_frames, self.config.num_copies
+        dropped = torch.rand(len(rows), generator=generator) < config.text_dropout
+        captions = ["" if drop else clips.captions[int(row)] for row, drop in zip(rows, dropped, strict=True)]
+        text = self.module.encode(captions)
+        latents = clips.latents_bfchw[rows, : num_chunks * frames].float()
+        foreground = clips.foreground_bfhw[rows, : num_chunks * frames].float()
+        grid = self.module.dit.token_grid(*latents.shape[-2:])
+        history = PureHistory(self.history, self.module.dit.cache_spec(), grid=grid)
+        results = []
+        for chunk in range(num_chunks):
+            span = slice(chunk * frames, (chunk + 1) * frames)
+            clean = latents[:, span]
+            last = chunk == num_chunks - 1
+            sigma = _stratified(num_copies * len(rows), generator)
+            target = clean.repeat(num_copies, 1, 1, 1, 1)
+            noisy = _mix(target, torch.randn(target.shape, generator=generator), sigma)
+            times = 1000 * sigma
+            amount = config.context_noise * torch.rand(len(rows), 1, 1, 1, 1, generator=generator)
+            context = clean + amount * torch.randn(clean.shape, generator=generator)
+            inputs = noisy if last else torch.cat([noisy, context])
+            times = times if last else torch.cat([times, times.new_zeros(len(rows))])
+            copies = num_copies + (0 if last else 1)
+            view = history.view(num_frames=frames).repeat(copies)
+            flow, entries = self.module.dit(
+                inputs, times[:, None].expand(-1, frames), text.repeat(copies), view
+            )
+            if not last:
+                history = history.commit(entries.select(slice(num_copies * len(rows), None)))
+            predicted = noisy - sigma.view(-1, 1, 1, 1, 1) * flow[: len(noisy)].float()
+            results.append(self._errors(predicted, target, sigma, foreground[:, span], foreground_weight))
+        return results
+
+    def _errors(
+        self,
+        predicted: Tensor,
+        target: Tensor,
+        sigma: Tensor,
+        foreground_bfhw: Tensor,
+        foreground_weight: float,
+    ) -> tuple[Tensor, Tensor]:
+        squared = (predicted - target).square().mean(dim=2)
+        mask = foreground_bfhw.repeat(self.config.num_copies, 1, 1, 1)
+        weight = 1 + (foreground_weight - 1) * mask
+        by_row = (squared * weight).mean(dim=(1, 2, 3)) / sigma.clamp_min(self.config.min_weight_sigma)
+        with torch.no_grad():
+            foreground = (squared * mask).sum() / mask.sum().clamp_min(1)
+        return by_row.mean(), foreground
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Error of the clean latents on held-out clips: foreground of the first and of the last chunk by
+        sigma.
+        """
+        frames, clips = self.history.chunk_frames, self.held_out
+        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        num_chunks = min(self.config.num_chunks, latents.shape[1] // frames)
+        text = self.module.encode(list(clips.captions))
+        grid = self.module.dit.token_grid(*latents.shape[-2:])
+        history = PureHistory(self.history, self.module.dit.cache_spec(), grid=grid)
+        generator = torch.Generator().manual_seed(0)
+        figures: dict[str, float] = {}
+        zeros = torch.zeros(len(clips), frames)
+        for chunk in range(num_chunks):
+            span = slice(chunk * frames, (chunk + 1) * frames)
+            view = history.view(num_frames=frames)
+            if chunk in (0, num_chunks - 1):
+                for time in _EVALUATION_TIMES:
+                    sigma = torch.full((len(clips),), time)
+                    noisy = _mix(
+                        latents[:, span], torch.randn(latents[:, span].shape, generator=generator), sigma
+                    )
+                    flow, _ = self.module.dit(noisy, zeros + 1000 * time, text, view)
+                    squared = (noisy - time * flow - latents[:, span]).square().mean(dim=2)
+                    mask = foreground[:, span]
+                    name = "first" if chunk == 0 else "last"
+                    figures[f"foreground_{name}_{time}"] = float((squared * mask).sum() / mask.sum())
+                    figures[f"background_{name}_{time}"] = float(
+                        (squared * (1 - mask)).sum() / (1 - mask).sum()
+                    )
+            if chunk < num_chunks - 1:
+                _, entries = self.module.dit(latents[:, span], zeros, text, view)
+                history = history.commit(entries)
+        return figures
+
+
+def _mix(clean: Tensor, noise: Tensor, sigma_b: Tensor) -> Tensor:
+    """The flow-matching path: (1 - sigma) * clean + sigma * noise."""
+    sigma = sigma_b.view(-1, 1, 1, 1, 1)
+    return (1 - sigma) * clean + sigma * noise
+
+
+def _stratified(count: int, generator: torch.Generator) -> Tensor:
+    """`count` values in (0, 1], one from each of `count` equal strata, in random order."""
+    order = torch.randperm(count, generator=generator)
+    return (order + 1 - torch.rand(count, generator=generator)) / count

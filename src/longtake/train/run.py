@@ -1,0 +1,191 @@
+"""From a recipe to a model file: the stages in order, each resumable, each leaving weights for the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from longtake.config import Config
+from longtake.errors import TrainingError
+from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.stream.bundle import ModelCard, load_networks, resolve_model, save_model
+from longtake.stream.pipeline import StreamConfig
+from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
+from longtake.train.latents import LatentCacheConfig, build_cache, load_cache
+from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
+
+Stage = Literal["vae", "latents", "first", "windows", "export"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+_NUM_CLIPS_FOR_STATISTICS = 64
+
+
+class Recipe(Config):
+    """A small text-to-video model and how it is trained.
+
+    Args:
+        warm_start: model name or file whose weights the networks start from; None starts from scratch.
+        stages: vae (reconstruction), latents (encode clips once), first (first chunks only), windows (whole
+            clips through the history), export (write the model file).
+    """
+
+    name: str = Field(min_length=1)
+    level: int = Field(1, ge=1)
+    seed: int = 0
+    warm_start: str | None = None
+    stages: tuple[Stage, ...] = STAGES
+    vae_model: TinyVAEConfig
+    text_model: TinyTextConfig
+    dit_model: DiTConfig
+    stream: StreamConfig
+    vae: VAETrainingConfig
+    first_latents: LatentCacheConfig
+    latents: LatentCacheConfig
+    held_out: LatentCacheConfig
+    first: DiTTrainingConfig
+    windows: DiTTrainingConfig
+
+    @property
+    def card(self) -> ModelCard:
+        """The description that goes into the model file."""
+        return ModelCard(
+            name=self.name,
+            level=self.level,
+            recipe=self.model_dump_json(),
+            vae=self.vae_model,
+            text=self.text_model,
+            dit=self.dit_model,
+            stream=self.stream,
+        )
+
+
+def train(
+    recipe: Recipe,
+    out: Path,
+    stages: tuple[Stage, ...] | None = None,
+    stop_after_seconds: float | None = None,
+) -> dict[str, float]:
+    """Run a recipe's stages, going on where `out` shows an earlier run stopped.
+
+    Args:
+        recipe: what to train.
+        out: one folder per stage with checkpoint, log and weights, and `NAME.safetensors` at the end.
+        stages: a part of the recipe's stages; those before must have left their weights in `out`.
+        stop_after_seconds: per stage; a stage that stops early ends the run, to be resumed later.
+
+    Returns:
+        the last stage's evaluation.
+
+    Raises:
+        TrainingError: a stage's predecessor is missing, or the loss diverged.
+    """
+    torch.manual_seed(recipe.seed)
+    networks = _Networks(recipe, out)
+    actions: dict[Stage, Callable[[], dict[str, float]]] = {
+        "vae": lambda: _train_vae(recipe, networks, out, stop_after_seconds),
+        "latents": lambda: _cache_latents(recipe, networks, out),
+        "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
+        "windows": lambda: _train_dit(recipe, networks, out, "windows", recipe.windows, stop_after_seconds),
+        "export": lambda: _export(recipe, networks, out),
+    }
+    figures: dict[str, float] = {}
+    for stage in stages or recipe.stages:
+        figures = actions[stage]()
+        if STOPPED_EARLY in figures:
+            break
+    return figures
+
+
+class _Networks:
+    """The networks of a run, each as the newest finished stage left it."""
+
+    def __init__(self, recipe: Recipe, out: Path) -> None:
+        self.out = out
+        self.vae = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.text_to_latents = TextToLatents(TinyTextEncoder(recipe.text_model), DiT(recipe.dit_model))
+        if recipe.warm_start is not None:
+            _, start = load_networks(resolve_model(recipe.warm_start))
+            load_into(self.vae, start["vae"].state_dict(), recipe.warm_start)
+            load_into(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
+            load_into(self.text_to_latents.dit, start["dit"].state_dict(), recipe.warm_start)
+        self._warm = recipe.warm_start is not None
+        self._restore("vae", self.vae)
+        for stage in ("first", "windows"):
+            self._restore(stage, self.text_to_latents)
+
+    def keep(self, stage: Stage, module: nn.Module) -> None:
+        """Leave a finished stage's weights for the next one."""
+        write_safetensors(self._path(stage), module.state_dict(), {})
+
+    def require_vae(self) -> TinyVAE:
+        """The trained VAE. Raises TrainingError where there is none yet."""
+        if not (self._warm or self._path("vae").exists()):
+            raise TrainingError(f"{self.out} holds no trained VAE", "run stage vae first, or set warm_start")
+        self.vae.eval().requires_grad_(False)
+        return self.vae
+
+    def _path(self, stage: str) -> Path:
+        return self.out / stage / "weights.safetensors"
+
+    def _restore(self, stage: str, module: nn.Module) -> None:
+        if self._path(stage).exists():
+            load_into(module, read_safetensors(self._path(stage))[0], str(self._path(stage)))
+
+
+def _train_vae(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
+    vae, config = networks.vae, recipe.vae
+    figures = run(VAETask(vae, config), config.loop, out / "vae", seconds)
+    if STOPPED_EARLY in figures:
+        return figures
+    seeds = list(range(_NUM_CLIPS_FOR_STATISTICS))
+    measure_latents(vae, render_clips(seeds, seeds, VAETask(vae, config).num_frames, config, "train"))
+    networks.keep("vae", vae)
+    return figures
+
+
+def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
+    vae = networks.require_vae()
+    digest = weights_digest(vae.state_dict())
+    build_cache(vae, recipe.held_out, out / "held_out", digest)
+    build_cache(vae, recipe.first_latents, out / "first_latents", digest)
+    build_cache(vae, recipe.latents, out / "latents", digest)
+    return {"clips": float(recipe.first_latents.num_clips + recipe.latents.num_clips)}
+
+
+def _train_dit(
+    recipe: Recipe,
+    networks: _Networks,
+    out: Path,
+    stage: Stage,
+    config: DiTTrainingConfig,
+    seconds: float | None,
+) -> dict[str, float]:
+    history = recipe.stream.history
+    first_clips = load_cache(out / "first_latents", history.chunk_frames)
+    clips = (
+        None
+        if config.num_clips == 0
+        else load_cache(out / "latents", config.num_chunks * history.chunk_frames)
+    )
+    held_out = load_cache(out / "held_out", config.num_chunks * history.chunk_frames)
+    task = DiTTask(networks.text_to_latents, history, config, first_clips, clips, held_out)
+    figures = run(task, config.loop, out / stage, seconds)
+    if STOPPED_EARLY not in figures:
+        networks.keep(stage, networks.text_to_latents)
+    return figures
+
+
+def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
+    module = networks.text_to_latents
+    path = out / f"{recipe.name}.safetensors"
+    save_model(path, recipe.card, {"vae": networks.require_vae(), "text": module.text, "dit": module.dit})
+    return {"bytes": float(path.stat().st_size)}
