@@ -163,4 +163,5 @@ class Buffers:
 def _blocks(part_sc: Tensor, start: int, block_tokens: int) -> Tensor:
     """The tokens from ``start`` on as blocks, a view ``[s, blocks, block_tokens, ...]``."""
     num_blocks = (part_sc.shape[1] - start) // block_tokens
-    return part_sc[:, start : start + num_blocks * block_tokens].unflatten(1, (num_blocks, block_tokens))
+    tokens = part_sc[:, start : start + num_blocks * block_tokens]
+    return torch.unflatten(tokens, 1, (num_blocks, block_tokens))

@@ -70,13 +70,14 @@ def sample_chunk(
         The clean chunk ``[b, f, c, h, w]``.
     """
     assert len(noise) == len(steps.timesteps), "one noise per step"
+    dtype = dit.patch_embedding.weight.dtype
     x = noise[0]
     clean = x
     for step, (timestep, sigma) in enumerate(zip(*steps, strict=True)):
         if step > 0:
             x = add_noise(clean, noise[step], sigma)
         rows = x if guidance is None else torch.cat([x, x])
-        flow, _ = dit(rows, rows.new_full(rows.shape[:2], timestep), text, view)
+        flow, _ = dit(rows.to(dtype), rows.new_full(rows.shape[:2], timestep), text, view)
         if guidance is not None:
             positive, negative = flow.chunk(2)
             flow = negative + guidance * (positive - negative)
@@ -104,5 +105,7 @@ def context_pass(
     """
     rows = torch.cat([clean, clean]) if guided else clean
     entries: Entries
-    _, entries = dit(rows, rows.new_full(rows.shape[:2], timestep), text, view)
+    _, entries = dit(
+        rows.to(dit.patch_embedding.weight.dtype), rows.new_full(rows.shape[:2], timestep), text, view
+    )
     return entries

@@ -11,7 +11,7 @@ again when the recipe moves them. Host integers decide where everything goes; no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,50 +26,13 @@ from longtake.history.base import (
     Policy,
     PolicyState,
     check_ids_fit,
+    frame_mask,
     frame_phases,
 )
 from longtake.history.positions import Relative, SegmentIds, aligned_to_frames, segment_ids
+from longtake.history.records import EMPTY, CommitPlan, SlotRecord
 from longtake.history.window import WindowPolicy
 from longtake.ops.rope import grid_phases
-
-EMPTY = -1
-
-
-@dataclass
-class SlotRecord:
-    """Host side of one slot: which frame lies where.
-
-    Args:
-        ring: frame index at each place of the ring, ``EMPTY`` where none was written yet.
-        sink: frame index at each sink place. ``sink_ids``: the ids its keys are turned by at the moment.
-        memory_ids: the ids the memory segment is turned by at the moment.
-        ring_writes: frames ever written to the ring; the next goes to ``ring_writes % len(ring)``.
-        version: rises whenever something that a view may show is overwritten.
-    """
-
-    ring: list[int]
-    sink: list[int] = field(default_factory=list)
-    sink_ids: tuple[int, ...] = ()
-    memory_ids: tuple[int, ...] = ()
-    next_frame: int = 0
-    ring_writes: int = 0
-    num_evicted: int = 0
-    version: int = 0
-
-    @property
-    def local(self) -> list[int]:
-        """Local frames present, oldest first."""
-        return sorted(frame for frame in self.ring if frame != EMPTY)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Where a commit of one row goes: (frame of the chunk, block) pairs, and what leaves."""
-
-    writes: dict[int, int]
-    evicted_blocks: tuple[int, ...]
-    evicted_frames: tuple[int, ...]
-    evicted_own: tuple[int, ...]
 
 
 class SlotHistory:
@@ -135,6 +98,11 @@ class SlotHistory:
         """Bytes of all buffers; constant."""
         return self._buffers.num_bytes + self._raw_sink.num_bytes + self._raw_memory.num_bytes
 
+    @property
+    def num_blocks(self) -> int:
+        """Frames a slot holds: the sink's places, then the ring's (see ``SlotRecord.places``)."""
+        return self.config.sink_frames + self._ring_frames
+
     # ---- streams
 
     def join(self) -> int:
@@ -145,11 +113,19 @@ class SlotHistory:
         """
         for slot, record in enumerate(self.slots):
             if record is None:
-                self._reset(slot)
+                self.join_at(slot)
                 return slot
         raise HistoryError(
             f"all {self.num_slots} slots are taken", "let a stream leave, or create more slots"
         )
+
+    def join_at(self, slot: int) -> None:
+        """Take one free slot, see :meth:`join`."""
+        assert self.slots[slot] is None, f"slot {slot} is taken"
+        for buffers in (self._buffers, self._raw_sink, self._raw_memory):
+            buffers.clear(slot)
+        self.slots[slot] = SlotRecord(ring=[EMPTY] * self._ring_frames, version=self._versions[slot] + 1)
+        self.reset_memory(slot)
 
     def leave(self, slot: int) -> None:
         """Free a stream's slot."""
@@ -206,15 +182,57 @@ class SlotHistory:
 
         return HistoryView(segments, phases, num_frames, self.grid, mask, is_fresh=is_fresh)
 
+    @torch.no_grad()
+    def reencode_view(
+        self, slot: int, *, own_sink: bool, own_local: bool, read_sink: bool
+    ) -> tuple[list[int], HistoryView]:
+        """The view of one block-causal pass that encodes frames again which the history holds (a prompt
+        switch).
+
+        Args:
+            slot: the stream.
+            own_sink, own_local: which segments are encoded again, one of them at least.
+            read_sink: the sink is read as it is (and not encoded again).
+
+        Returns:
+            The indices in the stream of the frames to pass, and the view to pass them with. Frames see the
+            chunks before their own and their own. The memory is not read: it is rebuilt from what this pass
+            makes.
+        """
+        assert own_sink or own_local
+        assert not (own_sink and read_sink)
+        record = self.record(slot)
+        sink = record.sink if own_sink or read_sink else []
+        local = record.local if own_local else []
+        last = local or sink
+        ids = aligned_to_frames(segment_ids(self.config.positions, sink if local else [], 0, [], last), last)
+        frames = (sink if own_sink else []) + local
+        own_ids = (ids.sink if own_sink and local else ()) + ids.current
+        segments: tuple[Entries, ...] = ()
+        if read_sink and sink:
+            self._turn_sinks([slot], [ids])
+            start = self._memory_tokens
+            stop = start + len(sink) * self._frame_tokens
+            segments = (self._buffers.read(slice(slot, slot + 1), start, stop),)
+        chunk_f = torch.tensor(frames) // self.config.chunk_frames
+        own_mask_tt = frame_mask(chunk_f[:, None] >= chunk_f[None], self._frame_tokens)
+        past_tokens = segments[0].num_tokens if segments else 0
+        mask = torch.nn.functional.pad(own_mask_tt, (past_tokens, 0), value=True).to(self.device)
+        phases = frame_phases([own_ids], self.grid, self.spec, self.device)
+        return frames, HistoryView(segments, phases, len(frames), self.grid, mask)
+
     # ---- writing
 
     @torch.no_grad()
-    def commit(self, entries: Entries, slots: Sequence[int]) -> None:
+    def commit(self, entries: Entries, slots: Sequence[int]) -> list[CommitPlan]:
         """Append a finished chunk to some streams, evicting by frame where the window is full.
 
         Args:
             entries: from the chunk's context pass, one row per slot, rotary parts un-rotated.
             slots: where each row goes.
+
+        Returns:
+            What moved where, one plan per slot, for whoever keeps something beside the entries.
 
         Raises:
             HistoryError: a free slot, or an unlimited stream past ``max_frames``; then nothing has changed.
@@ -227,15 +245,17 @@ class SlotHistory:
         for record in records:
             self._check_capacity(record, num_frames)
         frames = [range(record.next_frame, record.next_frame + num_frames) for record in records]
-        plans = [self._plan(record, num_frames) for record in records]
+        plans = [record.append(num_frames, self.config.sink_frames) for record in records]
         if self._memory is not None:
             self._evict(entries, slots, plans)
+        self._move(slots, plans)
         rows = [
             (row, own, slot, block)
             for row, (slot, plan) in enumerate(zip(slots, plans, strict=True))
             for block, own in plan.writes.items()
         ]
         self._write(entries, rows, frames)
+        return plans
 
     @torch.no_grad()
     def rewrite(self, entries: Entries, slots: Sequence[int], frames: Sequence[Sequence[int]]) -> None:
@@ -251,12 +271,7 @@ class SlotHistory:
         rows = []
         for row, (slot, wanted) in enumerate(zip(slots, frames, strict=True)):
             record = self.record(slot)
-            places = {frame: block for block, frame in enumerate(record.sink)}
-            places |= {
-                frame: self.config.sink_frames + place
-                for place, frame in enumerate(record.ring)
-                if frame != EMPTY
-            }
+            places = record.places(self.config.sink_frames)
             for own, frame in enumerate(wanted):
                 if frame not in places:
                     raise HistoryError(
@@ -272,21 +287,32 @@ class SlotHistory:
         self._write(entries, rows, frames)
 
     def drop_sink(self, slot: int) -> None:
-        """Forget a stream's sink; the frames committed next become the new one."""
+        """Forget a stream's sink; the frames that leave the window next become the new one."""
         record = self.record(slot)
         record.sink, record.sink_ids = [], ()
         record.version += 1
 
     @torch.no_grad()
-    def reset_memory(self, slot: int) -> None:
-        """Put a stream's policy state back to its start, as if nothing had been evicted."""
+    def reset_memory(self, slot: int, *, rebuild: bool = False) -> None:
+        """Put a stream's policy state back to its start, as if nothing had been evicted.
+
+        Args:
+            slot: the stream.
+            rebuild: then take in the local frames once, as if they had been evicted, without dropping them.
+        """
         record = self.record(slot)
-        record.num_evicted = 0
-        record.version += 1
+        if self._memory is None:
+            return
         for name, tensor in self._state.items():
             tensor[slot : slot + 1] = self._start[name]
-        if self._memory is not None:
-            self._store_memory([slot])
+        local = tuple(record.local)
+        record.num_evicted = len(local) if rebuild else 0
+        record.version += 1
+        if rebuild and local:
+            places = record.places(self.config.sink_frames)
+            stored = self._gather([(slot, places[frame]) for frame in local], [local])
+            self._absorb([slot], Evicted((local,), stored))
+        self._store_memory([slot])
 
     # ---- snapshots
 
@@ -303,37 +329,16 @@ class SlotHistory:
         for name, tensor in own.items():
             tensor[slot].copy_(tensors[name])
         version = self.record(slot).version + 1
-        self.slots[slot] = SlotRecord(
-            ring=list(record.ring),
-            sink=list(record.sink),
-            sink_ids=tuple(record.sink_ids),
-            memory_ids=tuple(record.memory_ids),
-            next_frame=record.next_frame,
-            ring_writes=record.ring_writes,
-            num_evicted=record.num_evicted,
-            version=version,
-        )
+        self.slots[slot] = replace(record, ring=list(record.ring), sink=list(record.sink), version=version)
 
     def check_integrity(self) -> None:
         """Assert what must hold between calls; for tests."""
         for record in self.slots:
-            if record is None:
-                continue
-            local = record.local
-            assert len(record.ring) == self._ring_frames
-            assert len(record.sink) == len(record.sink_ids) <= self.config.sink_frames
-            assert not local or local == list(range(record.next_frame - len(local), record.next_frame))
-            assert not set(local) & set(record.sink)
-            filled = [frame != EMPTY for frame in record.ring]
-            assert filled == sorted(filled, reverse=True), "the ring fills from its first place"
+            if record is not None:
+                assert len(record.ring) == self._ring_frames
+                record.check_integrity(self.config.sink_frames)
 
     # ---- inside
-
-    def _reset(self, slot: int) -> None:
-        for buffers in (self._buffers, self._raw_sink, self._raw_memory):
-            buffers.clear(slot)
-        self.slots[slot] = SlotRecord(ring=[EMPTY] * self._ring_frames, version=self._versions[slot] + 1)
-        self.reset_memory(slot)
 
     def _check_capacity(self, record: SlotRecord, num_frames: int) -> None:
         if self.config.window_frames is not None or self.max_frames is None:
@@ -425,40 +430,7 @@ class SlotHistory:
                 mask_bk[row, first - start : last - start] = True
         return mask_bk[:, None, None].to(self.device, non_blocking=True)
 
-    def _plan(self, record: SlotRecord, num_frames: int) -> _Plan:
-        """Advance the host record by a chunk: which block each frame goes to, and what leaves."""
-        first = record.next_frame
-        sink = self.config.sink_frames
-        writes: dict[int, int] = {}
-        blocks, gone, own = [], [], []
-        for i in range(num_frames):
-            frame = first + i
-            if len(record.sink) < sink:
-                writes[len(record.sink)] = i
-                record.sink.append(frame)
-                record.sink_ids = (*record.sink_ids, frame)
-                continue
-            if self._ring_frames == 0:
-                own.append(i)
-                gone.append(frame)
-                continue
-            place = record.ring_writes % self._ring_frames
-            leaving = record.ring[place]
-            if leaving >= first:
-                own.append(leaving - first)
-            elif leaving != EMPTY:
-                blocks.append(sink + place)
-            if leaving != EMPTY:
-                gone.append(leaving)
-            record.ring[place] = frame
-            record.ring_writes += 1
-            writes[sink + place] = i
-        record.next_frame += num_frames
-        record.num_evicted += len(gone)
-        record.version += 1
-        return _Plan(writes, tuple(blocks), tuple(gone), tuple(own))
-
-    def _evict(self, entries: Entries, slots: Sequence[int], plans: Sequence[_Plan]) -> None:
+    def _evict(self, entries: Entries, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:
         """Hand evicted frames to the policy before they are overwritten, rows that evict alike together."""
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for row, plan in enumerate(plans):
@@ -467,24 +439,38 @@ class SlotHistory:
         for (num_blocks, own), rows in groups.items():
             pieces = []
             if num_blocks:
-                where = self._index(
-                    [(slots[row], block) for row in rows for block in plans[row].evicted_blocks]
-                )
-                blocks = self._buffers.gather_blocks(*where, self._memory_tokens, self._frame_tokens)
-                stored = _regrouped(blocks, len(rows))
-                frame_ids = [plans[row].evicted_frames[:num_blocks] for row in rows]
-                pieces.append(
-                    stored.unrotated(frame_phases(frame_ids, self.grid, self.spec, self.device), self.spec)
-                )
+                where = [(slots[row], block) for row in rows for block in plans[row].evicted_blocks]
+                pieces.append(self._gather(where, [plans[row].evicted_frames[:num_blocks] for row in rows]))
             if own:
                 first = own[0] * self._frame_tokens
                 pieces.append(entries.select(rows).tokens(first, first + len(own) * self._frame_tokens))
             taken = [slots[row] for row in rows]
-            state = {name: tensor[taken] for name, tensor in self._state.items()}
-            evicted = Evicted(tuple(plans[row].evicted_frames for row in rows), Entries.cat(pieces))
-            for name, tensor in self.policy.absorb(state, evicted).items():
-                self._state[name][taken] = tensor
+            frames = tuple(plans[row].evicted_frames for row in rows)
+            self._absorb(taken, Evicted(frames, Entries.cat(pieces)))
             self._store_memory(taken)
+
+    def _move(self, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:
+        """Move frames that leave the window into a sink that was dropped."""
+        for slot, plan in zip(slots, plans, strict=True):
+            if not plan.moves:
+                continue
+            record = self.record(slot)
+            frames = [[record.sink[block]] for block in plan.moves]
+            raw = self._gather([(slot, block) for block in plan.moves.values()], frames)
+            rows = [(i, 0, slot, block) for i, block in enumerate(plan.moves)]
+            self._write(raw, rows, frames)
+
+    def _gather(self, where: Sequence[tuple[int, int]], frames: Sequence[Sequence[int]]) -> Entries:
+        """Copies of stored frames, un-rotated, a row per stream; ``where`` lists (slot, block) row by row."""
+        blocks = self._buffers.gather_blocks(*self._index(where), self._memory_tokens, self._frame_tokens)
+        phases = frame_phases(frames, self.grid, self.spec, self.device)
+        return _regrouped(blocks, len(frames)).unrotated(phases, self.spec)
+
+    def _absorb(self, slots: list[int], evicted: Evicted) -> None:
+        """Let the policy take in frames of some streams; its answer goes into the fixed state."""
+        state = {name: tensor[slots] for name, tensor in self._state.items()}
+        for name, tensor in self.policy.absorb(state, evicted).items():
+            self._state[name][slots] = tensor
 
     def _store_memory(self, slots: Sequence[int]) -> None:
         memory = self.policy.read({name: tensor[list(slots)] for name, tensor in self._state.items()})

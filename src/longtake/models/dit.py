@@ -250,13 +250,14 @@ class DiT(nn.Module):
             mask_rl = torch.ones(embeddings_rlw.shape[:2], dtype=torch.bool, device=embeddings_rlw.device)
         first = torch.arange(length, device=mask_rl.device) == 0
         mask_rl = mask_rl | (first & ~mask_rl.any(1, keepdim=True))
-        if not self.config.mask_text:
-            embeddings_rlw = nn.functional.pad(embeddings_rlw, (0, 0, 0, self.config.text_length - length))
+        # Prompts of all lengths take the same shape, so that any of them stack.
+        embeddings_rlw = nn.functional.pad(embeddings_rlw, (0, 0, 0, self.config.text_length - length))
+        mask_rl = nn.functional.pad(mask_rl, (0, self.config.text_length - length))
         text_rlw = self.text_embedding(embeddings_rlw)
         pooled_rw = None
         if self.pooled_text is not None:
             weight_rl1 = mask_rl.unsqueeze(-1).type_as(text_rlw)
-            pooled_rw = self.pooled_text((text_rlw[:, :length] * weight_rl1).sum(1) / weight_rl1.sum(1))
+            pooled_rw = self.pooled_text((text_rlw * weight_rl1).sum(1) / weight_rl1.sum(1))
         layers: list[tuple[Tensor, Tensor] | None] = []
         for block in self.blocks:
             assert isinstance(block, Block)

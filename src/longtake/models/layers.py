@@ -63,10 +63,10 @@ class SpatialEmbedding(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """``[rows * columns, w]``."""
-        weight = self.weight
-        if grid != self.grid:
-            weight = F.interpolate(weight[None], size=grid, mode="bilinear", align_corners=False)[0]
-        return weight.flatten(1).T
+        if grid == self.grid:
+            return self.weight.flatten(1).T
+        resized = F.interpolate(self.weight[None], size=grid, mode="bilinear", align_corners=False)
+        return resized[0].flatten(1).T
 
 
 class TimeFrequencies(nn.Module):
@@ -137,7 +137,7 @@ class CrossAttention(nn.Module):
 def modulated(x_rtw: Tensor, shift_rfw: Tensor, scale_rfw: Tensor, eps: float) -> Tensor:
     """Layer norm without weights, then scale and shift per frame."""
     frames = shift_rfw.shape[1]
-    normed = F.layer_norm(x_rtw.float(), x_rtw.shape[-1:], eps=eps).unflatten(1, (frames, -1))
+    normed = torch.unflatten(F.layer_norm(x_rtw.float(), x_rtw.shape[-1:], eps=eps), 1, (frames, -1))
     return (
         torch.addcmul(shift_rfw.unsqueeze(2), normed, 1 + scale_rfw.unsqueeze(2)).flatten(1, 2).type_as(x_rtw)
     )
@@ -146,7 +146,7 @@ def modulated(x_rtw: Tensor, shift_rfw: Tensor, scale_rfw: Tensor, eps: float) -
 def gated(x_rtw: Tensor, update_rtw: Tensor, gate_rfw: Tensor) -> Tensor:
     """Residual update scaled per frame."""
     frames = gate_rfw.shape[1]
-    update = update_rtw.unflatten(1, (frames, -1)) * gate_rfw.unsqueeze(2)
+    update = torch.unflatten(update_rtw, 1, (frames, -1)) * gate_rfw.unsqueeze(2)
     return (x_rtw + update.flatten(1, 2)).type_as(x_rtw)
 
 

@@ -117,7 +117,7 @@ def rotate(x_bthd: Tensor, phases: Phases) -> Tensor:
 
     Computed in float32 at least, returned in the input's dtype.
     """
-    x_bthp2 = x_bthd.to(torch.promote_types(x_bthd.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    x_bthp2 = torch.unflatten(x_bthd.to(torch.promote_types(x_bthd.dtype, torch.float32)), -1, (-1, 2))
     real, imaginary = x_bthp2.unbind(-1)
     turned = torch.stack(
         (real * phases.cos - imaginary * phases.sin, real * phases.sin + imaginary * phases.cos), dim=-1

@@ -1,0 +1,106 @@
+"""A model bundle: networks, how they are run, and the hash of their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from pydantic import Field
+
+from longtake.config import Config
+from longtake.diffusion.flow import Schedule
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.io.checkpoints import weights_digest
+from longtake.models.dit import DiT, TextContext
+from longtake.models.protocols import TextEncoder, VideoVAE, Weighted
+
+
+class StreamConfig(Config):
+    """How a bundle generates.
+
+    Args:
+        height, width: of the video, in pixels.
+        fps: frames per second at which the video plays.
+        history: window, sink, chunk and positions.
+        schedule: denoising steps.
+        guidance: scale of classifier-free guidance, which doubles the cost; None for none.
+        negative_prompt: what guidance leads away from.
+    """
+
+    height: int = Field(gt=0)
+    width: int = Field(gt=0)
+    fps: float = Field(default=16.0, gt=0)
+    history: HistoryConfig = HistoryConfig()
+    schedule: Schedule = Schedule()
+    guidance: float | None = Field(default=None, ge=0)
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Networks in evaluation mode on one device, and how to run them. Shared by any number of streams,
+    never changed.
+
+    Raises:
+        ConfigError: parts that do not fit each other, or a size they cannot make.
+    """
+
+    dit: DiT
+    vae: VideoVAE
+    text_encoder: TextEncoder
+    config: StreamConfig
+
+    def __post_init__(self) -> None:
+        geometry, dit = self.vae.config, self.dit.config
+        stride = geometry.spatial_stride
+        if self.config.height % stride or self.config.width % stride:
+            raise ConfigError(
+                f"height={self.config.height} and width={self.config.width} are no multiples of {stride}",
+                f"use multiples of {stride}, which the video autoencoder makes",
+            )
+        if not dit.in_channels == dit.out_channels == geometry.latent_channels:
+            raise ConfigError(
+                f"the DiT takes {dit.in_channels} and makes {dit.out_channels} channels, "
+                f"the video autoencoder has {geometry.latent_channels}",
+                "use parts of one model",
+            )
+        if dit.patch_size[0] != 1:
+            raise ConfigError(f"patch_size={dit.patch_size} joins frames", "a stream needs 1 frame a patch")
+        self.dit.token_grid(*self.latent_shape[2:])
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """A chunk's latents: frames, channels, height, width."""
+        geometry = self.vae.config
+        stride = geometry.spatial_stride
+        size = (self.config.height // stride, self.config.width // stride)
+        return (self.config.history.chunk_frames, geometry.latent_channels, *size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the DiT lives."""
+        return self.dit.patch_embedding.weight.device
+
+    def num_pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames that the first latent frames of a stream decode to."""
+        return max(0, 1 + (latent_frames - 1) * self.vae.config.temporal_stride) if latent_frames else 0
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> TextContext:
+        """A prompt as the DiT reads it; always encoded alone, so that no batch changes its numbers."""
+        embeddings, mask = self.text_encoder.encode([prompt])
+        weight = self.dit.patch_embedding.weight
+        return self.dit.encode_text(embeddings.to(weight), mask.to(weight.device))
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of all weights; computed once."""
+        parts: dict[str, Weighted] = {"dit": self.dit, "vae": self.vae, "text": self.text_encoder}
+        tensors = {
+            f"{part}.{name}": tensor
+            for part, module in parts.items()
+            for name, tensor in module.state_dict().items()
+        }
+        return weights_digest(tensors)

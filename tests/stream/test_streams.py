@@ -1,0 +1,259 @@
+"""Streams: batches equal solo runs, prompts switch where they say, snapshots resume bit for bit."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
+from longtake.history.positions import Relative
+from longtake.io.checkpoints import read_safetensors, write_safetensors
+from longtake.stream.engine import Engine
+from longtake.stream.pipeline import Pipeline
+from longtake.stream.session import Stream
+from longtake.stream.state import Chunk, PromptSwitch
+from tiny_parts import small_dit, small_pipeline
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"positions": Relative(f_max=6)},
+    {"positions": Relative(f_max=9), "sink_frames": 3, "window_frames": 8, "chunk_frames": 3},
+    {"guidance": 2.0},
+    {"sink_frames": 0, "window_frames": 3},
+]
+
+
+def play(pipeline: Pipeline, chunks: int, prompt: str = "a red ball", seed: int = 3) -> list[Chunk]:
+    stream = Stream(pipeline, prompt, seed)
+    return [next(stream) for _ in range(chunks)]
+
+
+def assert_close(a: Chunk, b: Chunk) -> None:
+    torch.testing.assert_close(a.latents, b.latents, atol=1e-4, rtol=0)
+    assert a.frames is not None
+    assert b.frames is not None
+    # Rounding to bytes may fall on either side.
+    assert a.frames.shape == b.frames.shape
+    assert int(np.abs(a.frames.astype(int) - b.frames.astype(int)).max()) <= 1
+
+
+def assert_same(a: Chunk, b: Chunk) -> None:
+    assert torch.equal(a.latents, b.latents)
+    assert (a.index, a.prompt, a.first_frame) == (b.index, b.prompt, b.first_frame)
+    assert a.frames is not None
+    np.testing.assert_array_equal(a.frames, b.frames)
+
+
+def test_chunks_follow_each_other() -> None:
+    chunks = play(small_pipeline(), 4)
+    assert [chunk.index for chunk in chunks] == [0, 1, 2, 3]
+    assert [chunk.first_frame for chunk in chunks] == [0, 5, 13, 21]
+    shapes = [chunk.frames.shape for chunk in chunks if chunk.frames is not None]
+    assert shapes == [(5, 4, 6, 3), (8, 4, 6, 3), (8, 4, 6, 3), (8, 4, 6, 3)]
+    assert small_pipeline().num_pixel_frames(8) == 29
+    assert len({float(chunk.latents.sum()) for chunk in chunks}) == 4
+
+
+def test_seed_prompt_and_repeat() -> None:
+    pipeline = small_pipeline()
+    first, again = play(pipeline, 3), play(pipeline, 3)
+    for a, b in zip(first, again, strict=True):
+        assert_same(a, b)
+    assert not torch.equal(first[0].latents, play(pipeline, 1, seed=4)[0].latents)
+    assert not torch.equal(first[0].latents, play(pipeline, 1, prompt="a blue ball")[0].latents)
+
+
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_batches_equal_solo_runs_joining_and_leaving(changes: dict[str, Any]) -> None:
+    pipeline = small_pipeline(**changes)
+    solo = {name: play(pipeline, 9, name, seed) for seed, name in enumerate(("one", "two", "three", "four"))}
+    engine = Engine(pipeline, num_streams=3)
+    seen = Counter[str]()
+
+    def step(states: list[Any]) -> None:
+        for state, chunk in zip(states, engine.advance(states), strict=True):
+            assert_close(chunk, solo[state.prompt][seen[state.prompt]])
+            seen[state.prompt] += 1
+        engine.history.check_integrity()
+
+    one = engine.open("one", 0)
+    step([one])
+    two = engine.open("two", 1)
+    step([two, one])
+    three = engine.open("three", 2)
+    for _ in range(3):
+        step([one, two, three])
+    step([three, one])
+    engine.close(two)
+    four = engine.open("four", 3)
+    for _ in range(3):
+        step([one, four, three])
+    engine.close(one)
+    step([four])
+    step([three, four])
+    assert seen == {"one": 9, "two": 4, "three": 8, "four": 5}
+
+
+@pytest.mark.parametrize("changes", SETTINGS)
+@pytest.mark.parametrize("sink", ["keep", "reencode", "drop"])
+@pytest.mark.parametrize("window", ["keep", "reencode"])
+@pytest.mark.parametrize("at", [0, 1, 4])
+def test_a_switch_changes_only_later_chunks(changes: dict[str, Any], sink: Any, window: Any, at: int) -> None:
+    pipeline = small_pipeline(**changes)
+    plain = play(pipeline, at + 3)
+    stream = Stream(pipeline, "a red ball", 3)
+    for index in range(at):
+        assert_same(next(stream), plain[index])
+    assert stream.set_prompt("green square", sink=sink, window=window) == at
+    for index in range(at, at + 3):
+        chunk = next(stream)
+        assert chunk.prompt == "green square"
+        assert not torch.allclose(chunk.latents, plain[index].latents, atol=1e-3)
+        stream.engine.history.check_integrity()
+
+
+def test_a_switch_to_the_same_prompt_changes_nothing_while_nothing_was_evicted() -> None:
+    """Re-encoding equals what the context passes made: it is block-causal as generation was."""
+    pipeline = small_pipeline(window_frames=12, sink_frames=3)
+    plain = play(pipeline, 7)
+    for sink in ("keep", "reencode"):
+        stream = Stream(pipeline, "a red ball", 3)
+        for index in range(5):
+            assert_close(next(stream), plain[index])
+        stream.set_prompt("a red ball", sink=sink)  # type: ignore[arg-type]
+        for index in range(5, 7):
+            assert_close(next(stream), plain[index])
+
+
+def test_the_last_of_two_switches_counts_and_an_unusable_one_does_not() -> None:
+    pipeline = small_pipeline()
+    stream, other = Stream(pipeline, "one", 1), Stream(pipeline, "one", 1)
+    for each in (stream, other):
+        next(each)
+    stream.set_prompt("two", sink="drop")
+    stream.set_prompt("three")
+    with pytest.raises(PromptError, match="empty"):
+        stream.set_prompt("   ")
+    other.set_prompt("three")
+    assert_same(next(stream), next(other))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    changes=st.sampled_from(SETTINGS),
+    before=st.integers(0, 6),
+    switch=st.sampled_from([None, "keep", "reencode", "drop"]),
+    pending=st.booleans(),
+)
+def test_resume_is_bit_identical(
+    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], before: int, switch: Any, pending: bool
+) -> None:
+    pipeline = small_pipeline(**changes)
+    path = tmp_path_factory.mktemp("snapshot") / "stream.safetensors"
+    stream = Stream(pipeline, "a red ball", 11)
+    for index in range(before):
+        if switch is not None and index == 2:
+            stream.set_prompt("green square", sink=switch)
+        next(stream)
+    if pending:
+        stream.set_prompt("yellow", sink="reencode")
+    stream.snapshot(path)
+    branch = stream.branch()
+    expected = [next(stream) for _ in range(4)]
+    resumed = Stream.restore(path, small_pipeline(**changes))
+    resumed.engine.history.check_integrity()
+    for chunk in expected:
+        assert_same(next(resumed), chunk)
+        assert_same(next(branch), chunk)
+
+
+def test_snapshots_refuse_what_does_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "stream.safetensors"
+    stream = Stream(small_pipeline(), "a red ball")
+    next(stream)
+    stream.snapshot(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["stream.safetensors"], "nothing partial is left"
+    with pytest.raises(SnapshotError, match="made with weights"):
+        Stream.restore(path, small_pipeline(seed=1))
+    with pytest.raises(SnapshotError, match=r"config\.history\.sink_frames was 2, is 1"):
+        Stream.restore(path, small_pipeline(sink_frames=1))
+    with pytest.raises(SnapshotError, match=r"config\.guidance was null, is 3\.0"):
+        Stream.restore(path, small_pipeline(guidance=3.0))
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(SnapshotError, match="damaged"):
+        Stream.restore(damaged, small_pipeline())
+    plain = tmp_path / "plain.safetensors"
+    write_safetensors(plain, {"x": torch.zeros(1)}, {})
+    with pytest.raises(SnapshotError, match="no snapshot"):
+        Stream.restore(plain, small_pipeline())
+    with pytest.raises(SnapshotError, match="absent"):
+        stream.snapshot(tmp_path / "absent" / "stream.safetensors")
+    tensors, metadata = read_safetensors(path)
+    write_safetensors(
+        plain, tensors, {name: text.replace('"format": 1', '"format": 9') for name, text in metadata.items()}
+    )
+    with pytest.raises(SnapshotError, match="format 9"):
+        Stream.restore(plain, small_pipeline())
+
+
+def test_another_thread_count_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "stream.safetensors"
+    Stream(small_pipeline(), "a red ball").snapshot(path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.warns(UserWarning, match="not bit for bit"):
+            Stream.restore(path, small_pipeline())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_misuse_is_told() -> None:
+    pipeline = small_pipeline()
+    engine = Engine(pipeline, num_streams=1)
+    with pytest.raises(PromptError, match="empty"):
+        engine.open(" ")
+    state = engine.open("one")
+    with pytest.raises(HistoryError, match="all 1 streams are taken"):
+        engine.open("two")
+    engine.advance([state], decode=False)
+    with pytest.raises(HistoryError, match="not decoded"):
+        engine.advance([state])
+    with pytest.raises(HistoryError, match="once"):
+        engine.advance([state, state])
+    engine.close(state)
+    with pytest.raises(HistoryError, match="closed"):
+        engine.advance([state])
+    with pytest.raises(HistoryError, match="closed"):
+        Engine(pipeline).set_prompt(state, PromptSwitch(text="two"))
+
+
+def test_pipelines_refuse_parts_that_do_not_fit() -> None:
+    good = small_pipeline()
+    for dit, config, message in (
+        (small_dit(in_channels=4), good.config, "takes 4"),
+        (small_dit(patch_size=(2, 1, 1)), good.config, "joins frames"),
+        (small_dit(patch_size=(1, 2, 2)), good.config, "do not split"),
+        (good.dit, good.config.replace(height=5), "no multiples of 2"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Pipeline(dit, good.vae, good.text_encoder, config)
+
+
+def test_unlimited_windows_declare_their_length() -> None:
+    pipeline = small_pipeline(window_frames=None)
+    with pytest.raises(HistoryError, match="max_frames"):
+        Stream(pipeline, "one")
+    stream = Stream(pipeline, "one", max_frames=5)
+    next(stream)
+    next(stream)
+    with pytest.raises(HistoryError, match="6 frames exceed max_frames=5"):
+        next(stream)

@@ -1,0 +1,108 @@
+"""Small random networks for engine tests: a DiT, an autoencoder and a text encoder that cost nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from longtake.diffusion.flow import Schedule
+from longtake.history.base import HistoryConfig
+from longtake.models.dit import DiT, DiTConfig
+from longtake.stream.pipeline import Pipeline, StreamConfig
+
+GRID = (2, 3)
+
+
+def small_dit(seed: int = 0, **changes: Any) -> DiT:
+    """A DiT whose random head really predicts something (the initial one is zero)."""
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {
+        "width": 24,
+        "ffn_width": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "in_channels": 3,
+        "out_channels": 3,
+        "patch_size": (1, 1, 1),
+        "text_width": 8,
+        "text_length": 6,
+        "frequency_width": 16,
+    }
+    dit = DiT(DiTConfig(**{**sizes, **changes}))
+    with torch.no_grad():
+        for name, parameter in dit.named_parameters():
+            if parameter.ndim > 1 and "modulation" not in name:
+                parameter.normal_(std=0.35 / parameter[0].numel() ** 0.5 * 2)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return dit.eval()
+
+
+class FakeVAE(nn.Module):
+    """A causal decoder with a state: every pixel frame mixes the current latent frame with a running mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(latent_channels=3, spatial_stride=2, temporal_stride=4)
+        self.mix = nn.Parameter(torch.tensor([0.6, 0.4]))
+
+    def init_decode_state(self, batch: int, height: int, width: int) -> dict[str, Tensor]:
+        mean = torch.zeros(batch, 3, height // 2, width // 2)
+        return {"mean": mean, "started": torch.zeros(batch, dtype=torch.bool)}
+
+    def decode_chunk(
+        self, latents_bfchw: Tensor, state: dict[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert bool(state["started"].any()) == bool(state["started"].all())
+        mean, frames = state["mean"], []
+        for i in range(latents_bfchw.shape[1]):
+            mean = self.mix[0] * mean + self.mix[1] * latents_bfchw[:, i]
+            pixels = mean.repeat_interleave(2, -1).repeat_interleave(2, -2).permute(0, 2, 3, 1)
+            first = i == 0 and not bool(state["started"].all())
+            frames += [pixels * (1 - 0.1 * j) for j in range(1 if first else 4)]
+        return torch.stack(frames, 1), {"mean": mean, "started": torch.ones_like(state["started"])}
+
+
+class FakeText(nn.Module):
+    """Words hashed to fixed random vectors."""
+
+    def __init__(self, width: int = 8, length: int = 6) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.table = nn.Parameter(torch.randn(17, width, generator=generator))
+        self.length = length
+
+    def encode(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        ids = [[sum(word.encode()) % 17 for word in prompt.split()][: self.length] for prompt in prompts]
+        length = max(1, *(len(row) for row in ids))
+        out = torch.zeros(len(ids), length, self.table.shape[1])
+        mask = torch.zeros(len(ids), length, dtype=torch.bool)
+        for row, words in enumerate(ids):
+            out[row, : len(words)] = self.table[words]
+            mask[row, : len(words)] = True
+        return out, mask
+
+    def unknown_words(self, text: str) -> list[str]:
+        return []
+
+
+def small_pipeline(seed: int = 0, guidance: float | None = None, **history: Any) -> Pipeline:
+    """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2."""
+    window: dict[str, Any] = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2, **history}
+    config = StreamConfig(
+        height=2 * GRID[0],
+        width=2 * GRID[1],
+        history=HistoryConfig(**window),
+        schedule=Schedule(steps=(1000, 500)),
+        guidance=guidance,
+        negative_prompt="bad",
+    )
+    dit = small_dit(seed, mask_text=True, pooled_text=True, prediction="clean", cross_attention_layers=(1,))
+    vae, text = FakeVAE(), FakeText()
+    for module in (dit, vae, text):
+        module.requires_grad_(False)
+    return Pipeline(dit, vae, text, config)
