@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtake.config import Config
-from longtake.errors import PromptError
+from longtake.errors import ConfigError, PromptError
 
 _TOKEN = re.compile(
     r"[^\W_]+|,"
@@ -36,9 +36,12 @@ class TinyTextConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> TinyTextConfig:
         if len(set(self.words)) != len(self.words):
-            raise ValueError("words: every word may be listed once only")
+            twice = next(word for word in self.words if self.words.count(word) > 1)
+            raise ConfigError(f"words lists {twice!r} twice", "list every word once only")
         if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is not a multiple of num_heads {self.num_heads}")
+            raise ConfigError(
+                f"width={self.width} is not a multiple of num_heads={self.num_heads}", "change either"
+            )
         return self
 
     @property

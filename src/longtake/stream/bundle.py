@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.errors import CheckpointError, ConfigError, nearest
-from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
+from longtake.io.checkpoints import load_into, read_safetensors, write_safetensors
 from longtake.models.dit import DiT, DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
@@ -42,11 +42,10 @@ class ModelCard(Config):
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to stream. `digest` identifies the weights (SHA-256, hex)."""
+    """A model ready to stream; `pipeline.digest` identifies its weights."""
 
     card: ModelCard
     pipeline: Pipeline
-    digest: str
     path: Path
 
 
@@ -132,9 +131,7 @@ def load_model(name_or_path: str) -> LoadedModel:
     assert isinstance(text, TinyTextEncoder)
     assert isinstance(dit, DiT)
     vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return LoadedModel(
-        card, Pipeline(dit, vae, text, card.stream), weights_digest(networks.state_dict()), path
-    )
+    return LoadedModel(card, Pipeline(dit, vae, text, card.stream), path)
 
 
 def save_model(path: Path, card: ModelCard, networks: Mapping[str, nn.Module]) -> None:

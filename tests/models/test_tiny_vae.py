@@ -1,0 +1,100 @@
+"""The small video VAE: streaming equals one-shot, causality, the independent first frame."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from longtake.errors import ModelError
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+
+CONFIG = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 12), decoder_widths=(8, 8, 12), num_blocks=2)
+
+
+@pytest.fixture(scope="module")
+def vae() -> TinyVAE:
+    torch.manual_seed(0)
+    vae = TinyVAE(CONFIG).eval().requires_grad_(False)
+    vae.latent_mean.copy_(torch.tensor([0.5, -1.0, 0.0, 2.0]))
+    vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
+    return vae
+
+
+def clips(num_latent_frames: int, batch: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(num_latent_frames)
+    return torch.rand(batch, 1 + 4 * (num_latent_frames - 1), 16, 24, 3, generator=generator) * 2 - 1
+
+
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_streaming_equals_one_shot(vae: TinyVAE, cuts: list[int]) -> None:
+    frames = clips(sum(cuts))
+    latents, _ = vae.encode_chunk(frames, vae.init_encode_state(2, 16, 24))
+    decoded, _ = vae.decode_chunk(latents, vae.init_decode_state(2, 16, 24))
+    assert latents.shape == (2, sum(cuts), 4, 2, 3)
+    assert decoded.shape == frames.shape
+
+    encode_state = vae.init_encode_state(2, 16, 24)
+    decode_state = vae.init_decode_state(2, 16, 24)
+    at, encoded_parts, decoded_parts = 0, [], []
+    for index, cut in enumerate(cuts):
+        count = 4 * cut - (3 if index == 0 else 0)
+        part, encode_state = vae.encode_chunk(frames[:, at : at + count], encode_state)
+        pixels, decode_state = vae.decode_chunk(part, decode_state)
+        encoded_parts.append(part)
+        decoded_parts.append(pixels)
+        at += count
+    torch.testing.assert_close(torch.cat(encoded_parts, 1), latents, atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.cat(decoded_parts, 1), decoded, atol=1e-5, rtol=0)
+
+
+def test_nothing_sees_the_future(vae: TinyVAE) -> None:
+    frames = clips(4)
+    changed = frames.clone()
+    changed[:, 5:] = -changed[:, 5:]  # from latent frame 2 on
+    latents, _ = vae.encode_chunk(frames, vae.init_encode_state(2, 16, 24))
+    other, _ = vae.encode_chunk(changed, vae.init_encode_state(2, 16, 24))
+    torch.testing.assert_close(latents[:, :2], other[:, :2], atol=1e-6, rtol=0)
+    assert not torch.allclose(latents[:, 2], other[:, 2])
+    decoded, _ = vae.decode_chunk(latents, vae.init_decode_state(2, 16, 24))
+    again, _ = vae.decode_chunk(other, vae.init_decode_state(2, 16, 24))
+    torch.testing.assert_close(decoded[:, :5], again[:, :5], atol=1e-6, rtol=0)
+    assert not torch.allclose(decoded[:, 5:], again[:, 5:])
+
+
+def test_a_latent_frame_remembers_the_one_before(vae: TinyVAE) -> None:
+    frames = clips(3)
+    changed = frames.clone()
+    changed[:, :1] = -changed[:, :1]
+    latents, _ = vae.encode_chunk(frames, vae.init_encode_state(2, 16, 24))
+    other, _ = vae.encode_chunk(changed, vae.init_encode_state(2, 16, 24))
+    assert not torch.allclose(latents[:, 1], other[:, 1], atol=1e-6)
+
+
+def test_state_is_never_changed_in_place(vae: TinyVAE) -> None:
+    state = vae.init_decode_state(2, 16, 24)
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    latents, _ = vae.encode_chunk(clips(2), vae.init_encode_state(2, 16, 24))
+    first, _ = vae.decode_chunk(latents, state)
+    second, _ = vae.decode_chunk(latents, state)
+    assert torch.equal(first, second)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state.items())
+
+
+@pytest.mark.parametrize("num_frames", [0, 2, 4, 6])
+def test_frames_must_fill_latent_frames(vae: TinyVAE, num_frames: int) -> None:
+    with pytest.raises(ModelError, match=rf"{num_frames} pixel frames .* 1 \+ k\*4"):
+        vae.encode_chunk(torch.zeros(1, num_frames, 16, 16, 3), vae.init_encode_state(1, 16, 16))
+
+
+def test_sizes_must_be_multiples_of_the_stride(vae: TinyVAE) -> None:
+    with pytest.raises(ModelError, match="20x16 pixels.*multiples of 8"):
+        vae.init_decode_state(1, 20, 16)
+
+
+def test_streams_before_and_after_their_first_frame_do_not_mix(vae: TinyVAE) -> None:
+    state = vae.init_decode_state(2, 16, 16)
+    state["started"][1] = True
+    with pytest.raises(ModelError, match="group them"):
+        vae.decode_chunk(torch.zeros(2, 1, 4, 2, 2), state)

@@ -1,0 +1,209 @@
+"""Stages end to end at toy size: exact resume, caches tied to their encoder, files that load."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.diffusion.flow import Schedule
+from longtake.errors import CheckpointError, ConfigError, TrainingError
+from longtake.history.base import HistoryConfig
+from longtake.history.positions import Relative
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.recipes import RECIPES, get_recipe
+from longtake.stream.bundle import load_model, read_card, shipped_models
+from longtake.stream.pipeline import StreamConfig
+from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
+from longtake.train.latents import (
+    Clips,
+    LatentCacheConfig,
+    build_cache,
+    encode_shard,
+    load_cache,
+    scene_and_start,
+)
+from longtake.train.loop import STOPPED_EARLY, LoopConfig, run
+from longtake.train.run import Recipe, train
+from longtake.train.vae import VAETask, VAETrainingConfig
+from longtake.world import WORDS, render_masks
+
+VAE = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 8), decoder_widths=(8, 8, 8), num_blocks=1)
+TEXT = TinyTextConfig(words=WORDS, width=16, num_layers=1, num_heads=2)
+DIT = DiTConfig(
+    width=24,
+    ffn_width=32,
+    num_layers=2,
+    num_heads=2,
+    in_channels=4,
+    out_channels=4,
+    text_width=16,
+    text_length=TEXT.text_length,
+    frequency_width=16,
+    mask_text=True,
+    cross_attention_layers=(0,),
+    pooled_text=True,
+    prediction="clean",
+)
+HISTORY = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=4))
+
+
+def loop(num_steps: int, seed: int = 3) -> LoopConfig:
+    return LoopConfig(
+        seed=seed, num_steps=num_steps, log_every_steps=1, evaluate_every_steps=2, precision="fp32"
+    )
+
+
+def recipe() -> Recipe:
+    cache = LatentCacheConfig(num_clips=5, clips_per_shard=3, num_latent_frames=4, height=16, width=16)
+    return Recipe(
+        name="toy",
+        vae_model=VAE,
+        text_model=TEXT,
+        dit_model=DIT,
+        stream=StreamConfig(
+            height=16, width=16, history=HISTORY, schedule=Schedule(steps=(1000, 500), shift=1.0)
+        ),
+        vae=VAETrainingConfig(loop=loop(3), num_clips=2, num_latent_frames=2, height=16, width=16),
+        first_latents=cache.replace(first_seed=100, num_latent_frames=2),
+        latents=cache,
+        held_out=cache.replace(first_seed=200),
+        first=DiTTrainingConfig(loop=loop(2), num_clips=0, num_first_clips=3, num_chunks=1),
+        windows=DiTTrainingConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
+    )
+
+
+def dit_task(seed: int = 0) -> DiTTask:
+    torch.manual_seed(seed)
+    module = TextToLatents(TinyTextEncoder(TEXT), DiT(DIT))
+    latents = torch.randn(6, 6, 4, 4, 4).half()
+    clips = Clips(latents, torch.rand(6, 6, 4, 4).half(), ("a red circle",) * 3 + ("a blue square",) * 3)
+    config = DiTTrainingConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3)
+    return DiTTask(module, HISTORY, config, clips, clips, clips)
+
+
+def vae_task() -> VAETask:
+    torch.manual_seed(0)
+    config = VAETrainingConfig(loop=loop(4), num_clips=2, num_latent_frames=2, height=16, width=16)
+    return VAETask(TinyVAE(VAE), config)
+
+
+@pytest.mark.parametrize("make", [dit_task, vae_task])
+def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, make: type) -> None:
+    whole = make()
+    run(whole, whole.config.loop, tmp_path / "whole")
+    first = make()
+    stopped = run(first, first.config.loop, tmp_path / "parts", stop_after_seconds=0.0)
+    assert stopped[STOPPED_EARLY] == 1
+    second = make()
+    assert STOPPED_EARLY not in run(second, second.config.loop, tmp_path / "parts")
+    for name, tensor in whole.module.state_dict().items():
+        assert torch.equal(tensor, second.module.state_dict()[name]), name
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
+    task = vae_task()
+    run(task, loop(1), tmp_path)
+    with pytest.raises(TrainingError, match="remove it or train with that"):
+        run(task, loop(2), tmp_path)
+
+
+def test_every_parameter_of_the_dit_is_trained() -> None:
+    task = dit_task()
+    torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
+    loss, parts = task.loss(0, 0.0)
+    loss.backward()
+    untouched = [
+        name
+        for name, parameter in task.module.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum() > 0
+    ]
+    assert untouched == []
+    assert set(parts) == {"foreground", "foreground_first"}
+
+
+def test_gradients_flow_through_the_committed_history() -> None:
+    """The loss of the last chunk alone must move the weights that wrote the first chunk's entries."""
+    task = dit_task()
+    latents = task.clips.latents_bfchw.float().requires_grad_() if task.clips is not None else None
+    assert latents is not None
+    clips = Clips(latents, task.held_out.foreground_bfhw, task.held_out.captions)
+    torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
+    parts = task._walk(clips, torch.arange(2), 3, 1.0, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(parts[-1][0], latents)
+    assert gradient[:2, 0].abs().sum() > 0  # the sink frame, read three chunks later
+    assert gradient[2:].abs().sum() == 0  # clips that were not drawn
+
+
+def test_clips_are_encoded_where_their_objects_are() -> None:
+    config = LatentCacheConfig(num_clips=2, clips_per_shard=2, num_latent_frames=3)
+    clips = encode_shard(TinyVAE(VAE).eval(), config, 0)
+    assert clips.latents_bfchw.shape == (2, 3, 4, 8, 8)
+    scene, start = scene_and_start(config, 1)
+    assert clips.captions[1] == scene.caption
+    mask = torch.from_numpy(render_masks(scene, start + 1, start + 5).sum(1))  # frames of latent frame 1
+    cells = mask.unfold(1, 8, 8).unfold(2, 8, 8).amax(dim=(0, 3, 4))
+    torch.testing.assert_close(clips.foreground_bfhw[1, 1].float(), cells, atol=1e-3, rtol=0)
+
+
+def test_a_cache_belongs_to_its_encoder(tmp_path: Path) -> None:
+    config = LatentCacheConfig(num_clips=3, clips_per_shard=2, num_latent_frames=2, height=16, width=16)
+    vae = TinyVAE(VAE).eval()
+    build_cache(vae, config, tmp_path, "one")
+    clips = load_cache(tmp_path)
+    assert len(clips) == 3
+    assert load_cache(tmp_path, 1).latents_bfchw.shape[1] == 1
+    with pytest.raises(TrainingError, match="another folder"):
+        build_cache(vae, config, tmp_path, "two")
+    with pytest.raises(TrainingError, match="num_latent_frames=3"):
+        load_cache(tmp_path, 3)
+    with pytest.raises(TrainingError, match="caches latents first"):
+        load_cache(tmp_path / "nowhere")
+
+
+def test_a_recipe_runs_from_nothing_to_a_model_that_streams(tmp_path: Path) -> None:
+    toy = recipe()
+    figures = train(toy, tmp_path)
+    path = tmp_path / "toy.safetensors"
+    assert figures["bytes"] == path.stat().st_size
+    assert read_card(path) == toy.card
+    model = load_model(str(path))
+    assert Recipe.loads(model.card.recipe) == toy
+    warm = train(toy.replace(warm_start=str(path)), tmp_path / "warm", stages=("latents", "first"))
+    assert warm["foreground_first_0.5"] > 0
+    with pytest.raises(TrainingError, match="no trained VAE"):
+        train(toy, tmp_path / "empty", stages=("latents",))
+
+
+def test_damaged_and_foreign_model_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "toy.safetensors"
+    train(recipe(), tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot read"):
+        load_model(str(path))
+    path.write_bytes(whole.replace(b"dit.head.head.weight", b"dit.head.head.wrong_"))
+    with pytest.raises(CheckpointError, match=r"missing: dit\.head\.head\.weight"):
+        load_model(str(path))
+    with pytest.raises(CheckpointError, match="no streamable model"):
+        read_card(tmp_path / "latents" / "clips-0000.safetensors")
+    with pytest.raises(CheckpointError, match="no model file"):
+        load_model(str(tmp_path / "missing.safetensors"))
+    with pytest.raises(CheckpointError, match="unknown model 'tinny'"):
+        load_model("tinny")
+
+
+def test_shipped_models_load_by_name() -> None:
+    for name, path in shipped_models().items():
+        card = read_card(path)
+        assert card.name == name
+        assert path.stat().st_size <= 20_000_000
+
+
+def test_recipes_are_valid_and_found_by_name() -> None:
+    for name in RECIPES:
+        made = get_recipe(name)
+        assert Recipe.loads(made.dumps()) == made
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        get_recipe("tinny")
