@@ -22,7 +22,7 @@ from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.latents import Clips
-from longtake.train.loop import LoopConfig
+from longtake.train.loop import LoopConfig, autocast_dtype
 from longtake.train.optim import MuonAdamW, split_parameters
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
@@ -84,7 +84,14 @@ class DiTTask:
         muon, adamw = split_parameters(
             module, adamw_names=("embedding", "position", "modulation", "head.head")
         )
-        self.optimizer = MuonAdamW(muon, adamw, config.muon_learning_rate, config.adamw_learning_rate)
+        self.optimizer = MuonAdamW(
+            muon,
+            adamw,
+            config.muon_learning_rate,
+            config.adamw_learning_rate,
+            iteration_dtype=autocast_dtype(config.loop.precision, next(module.parameters()).device)
+            or torch.float32,
+        )
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents over all chunks of the step's clips."""

@@ -18,14 +18,18 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
 
 
-def orthogonalise(matrix: Tensor) -> Tensor:
+def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The nearest semi-orthogonal matrix, roughly: singular values land in about [0.7, 1.2].
 
     Args:
-        matrix: [rows, columns], any floating dtype. Returns the same shape and dtype.
+        matrix: [rows, columns].
+        dtype: of the iteration; bf16 halves its time where the processor multiplies bf16 natively.
+
+    Returns:
+        [rows, columns] in that dtype.
     """
     a, b, c = _NEWTON_SCHULZ
-    x = matrix / (matrix.norm() + 1e-7)
+    x = (matrix / (matrix.norm() + 1e-7)).to(dtype)
     transposed = x.shape[0] > x.shape[1]
     if transposed:
         x = x.T
@@ -48,6 +52,7 @@ class MuonAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
+        iteration_dtype: torch.dtype = torch.float32,
     ) -> None:
         groups: list[dict[str, Any]] = [
             {"params": list(muon), "kind": "muon", "lr": muon_learning_rate, "base_lr": muon_learning_rate},
@@ -59,6 +64,7 @@ class MuonAdamW(torch.optim.Optimizer):
             },
         ]
         defaults = {"weight_decay": weight_decay, "momentum": momentum, "betas": betas}
+        self.iteration_dtype = iteration_dtype
         super().__init__([group for group in groups if group["params"]], defaults)
 
     def scale_learning_rates(self, factor: float) -> None:
@@ -88,15 +94,15 @@ class MuonAdamW(torch.optim.Optimizer):
                     self._adamw(parameter, parameter.grad, state, group)
         return loss
 
-    @staticmethod
-    def _muon(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _muon(self, parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         buffer: Tensor = state["momentum"]
         buffer.lerp_(grad, 1 - group["momentum"])
         update = grad.lerp(buffer, group["momentum"]).flatten(1)
         rows, columns = update.shape
-        update = orthogonalise(update) * (0.2 * max(rows, columns) ** 0.5)
+        update = orthogonalise(update, self.iteration_dtype).to(parameter.dtype)
+        update = update * (0.2 * max(rows, columns) ** 0.5)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.add_(update.view(parameter.shape), alpha=-group["lr"])
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from longtake.config import Config
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.loop import LoopConfig
+from longtake.train.loop import LoopConfig, autocast_dtype
 from longtake.train.optim import MuonAdamW, split_parameters
 from longtake.world.captions import Split
 from longtake.world.render import render
@@ -79,7 +79,14 @@ class VAETask:
         self.module = module
         self.config = config
         muon, adamw = split_parameters(module)
-        self.optimizer = MuonAdamW(muon, adamw, config.muon_learning_rate, config.adamw_learning_rate)
+        self.optimizer = MuonAdamW(
+            muon,
+            adamw,
+            config.muon_learning_rate,
+            config.adamw_learning_rate,
+            iteration_dtype=autocast_dtype(config.loop.precision, next(module.parameters()).device)
+            or torch.float32,
+        )
 
     @property
     def num_frames(self) -> int:
