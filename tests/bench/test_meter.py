@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from longtake.bench.meter import DurationHistogram, GenerationMeter, environment, resident_bytes
+from longtake.bench.meter import (
+    DurationHistogram,
+    GenerationMeter,
+    environment,
+    process_started,
+    resident_bytes,
+)
 
 
 def test_quantiles_agree_with_the_exact_ones_to_a_percent() -> None:
@@ -76,3 +84,13 @@ def test_memory_and_environment_are_told() -> None:
     assert told["torch_threads"] >= 1
     assert told["cpu"]
     json.dumps(told)
+
+
+def test_a_process_knows_its_age() -> None:
+    code = (
+        "import time; from longtake.bench.meter import process_started as p; a = time.perf_counter() - p();"
+        "time.sleep(0.3); b = time.perf_counter() - p(); assert 0 <= a < 10, a; "
+        "assert 0.25 < b - a < 0.6, (a, b)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert process_started() < time.perf_counter()

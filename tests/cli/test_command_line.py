@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -65,7 +65,7 @@ def test_every_command_explains_every_option(name: str, capsys: pytest.CaptureFi
         (["world", "render", "--seconds", "-1"], "--seconds=-1.0 is refused: Input should be greater than 0"),
         (["world", "render", "--seconds", "soon"], "--seconds: could not convert string to float: 'soon'"),
         (["world", "render", "--seconds"], "Missing value for argument '--seconds'"),
-        (["world", "render", "a", "b"], "unexpected 'a b'; put quotes round"),
+        (["world", "render", "a", "b"], "unexpected 'a, b'; put quotes round"),
         (["verify"], "missing"),
     ],
 )
@@ -93,10 +93,16 @@ def test_help_and_wrong_use_do_not_wait_for_torch(argv: list[str]) -> None:
         f"import sys; from longtake.cli import main; main({argv!r}); "
         "loaded = {'torch', 'av', 'numpy'} & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
     )
-    times = []
+    seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = children_cpu_seconds()
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        times.append(time.perf_counter() - start)
+        seconds.append(children_cpu_seconds() - before)
         assert result.returncode == 0, result.stderr
-    assert min(times) < 0.5
+    assert min(seconds) < 0.5
+
+
+def children_cpu_seconds() -> float:
+    """Processor time of finished children: unlike wall time it does not depend on what else the machine does."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime

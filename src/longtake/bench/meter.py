@@ -65,9 +65,9 @@ class GenerationMeter:
         self.chunk_seconds = DurationHistogram()
         self.num_frames = 0
 
-    def imported(self) -> None:
-        """torch has been imported."""
-        self._imported = self._last = time.perf_counter()
+    def imported(self, moment: float | None = None) -> None:
+        """torch has been imported, now or at a moment before."""
+        self._imported = self._last = time.perf_counter() if moment is None else moment
 
     def loaded(self) -> None:
         """The model has been loaded and the stream made."""
@@ -117,6 +117,20 @@ class GenerationMeter:
             "chunk_seconds_p95": self.chunk_seconds.quantile(0.95),
             "chunks_after_the_first": self.chunk_seconds.count,
         }
+
+
+def process_started() -> float:
+    """When this process began, on ``time.perf_counter``'s scale, to 10 ms; now where the system has no
+    /proc."""
+    now = time.perf_counter()
+    try:
+        # The 22nd field, counted in clock ticks since boot; the second is a name in brackets, which may hold
+        # spaces.
+        fields = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return now
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return now - max(0.0, age)
 
 
 def resident_bytes() -> int | None:

@@ -48,11 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except LongtakeError as error:
-        print("longtake: error:", " ".join(str(error).split()), file=sys.stderr)
+        print("longtake: error:", one_line(error), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("longtake: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def one_line(error: LongtakeError) -> str:
+    """An error as a script's log wants it."""
+    return " ".join(line.strip() for line in str(error).splitlines())
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -155,7 +155,7 @@ class AppendFile:
         assert self._fd is not None, "append after close"
         try:
             write_all(self._fd, record)
-        except OSError:
+        except BaseException:
             # A torn record at the end would still play, but the file would promise bytes that it lacks.
             if stat.S_ISREG(os.fstat(self._fd).st_mode):
                 os.ftruncate(self._fd, self._size)

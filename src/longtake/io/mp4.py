@@ -29,6 +29,7 @@ from longtake.errors import VideoError
 from longtake.io.frames import AppendFile, Frames, FrameWriter, VideoConfig, check_frames, io_error
 
 _MUXER: Final = {"movflags": "empty_moov+default_base_moof+frag_custom+skip_trailer", "use_editlist": "0"}
+_SMALL_HW: Final = (64, 64)  # every encoder takes it
 _HEADER: Final = 8  # bytes of a box before its content: size and type
 
 
@@ -140,6 +141,15 @@ class _Encoder:
     def close(self) -> None:
         """Free the encoder."""
         self._container.close()
+
+
+def check_encoder(config: VideoConfig) -> None:
+    """Find out whether the encoder exists and takes the settings.
+
+    Raises:
+        VideoError: it does not.
+    """
+    _Encoder(_SMALL_HW, config).close()
 
 
 def _ticks_factor(rate: Fraction) -> int:

@@ -29,7 +29,7 @@ from av.container import InputContainer
 from longtake.errors import VideoError, nearest
 from longtake.io.frames import Frames, FrameWriter, VideoConfig, io_error
 from longtake.io.images import GifWriter, PngWriter, RawWriter, check_gif_length
-from longtake.io.mp4 import Mp4Writer, SegmentedMp4Writer
+from longtake.io.mp4 import Mp4Writer, SegmentedMp4Writer, check_encoder
 
 __all__ = [
     "FrameWriter",
@@ -84,7 +84,8 @@ def check_output(path: str, config: VideoConfig, num_frames: int | None) -> None
         num_frames: how many frames are to come; None for an endless video.
 
     Raises:
-        VideoError: the path's kind is unknown, it cannot be written, or a GIF would be too long.
+        VideoError: the path's kind is unknown, it cannot be written, a GIF would be too long, or there is no
+            such encoder.
     """
     kind = _kind(path)
     if config.segment_seconds is not None and kind != "mp4":
@@ -93,6 +94,8 @@ def check_output(path: str, config: VideoConfig, num_frames: int | None) -> None
         )
     if kind == "gif":
         check_gif_length(num_frames, config)
+    if kind == "mp4":
+        check_encoder(config)
     if kind == "raw":
         return
     target = Path(path)
