@@ -81,9 +81,7 @@ def test_the_autoencoder_bars() -> None:
     assert good.psnr_db.value == pytest.approx(psnr_by_hand(0.02), abs=0.1)
     bad = evaluate_autoencoder(config, ReconstructionSource(TruthSource(), Lossy(1.2), 4, {}))
     assert bad.failed[0].startswith("PSNR")
-    assert len(bad.failed) > 1
-    assert bad.difference["background"].value is not None
-    assert bad.difference["background"].value < -0.3
+    assert len(bad.failed) > 1  # the detectors lose attributes too
 
 
 def test_contact_sheets_show_the_frames(tmp_path: Path) -> None:

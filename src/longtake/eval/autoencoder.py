@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from pydantic import Field
 
@@ -9,9 +11,13 @@ from longtake.config import Config
 from longtake.eval.meter import Meter
 from longtake.eval.runner import FIRST_EVAL_SEED, SEEDS_APART
 from longtake.eval.score import METRICS, Scores, score
-from longtake.eval.source import ReconstructionSource
 from longtake.eval.stats import Estimate, estimate, paired_difference
 from longtake.world import FPS, Split, parse_caption, sample_scene
+
+if TYPE_CHECKING:
+    from longtake.eval.source import (
+        ReconstructionSource,  # which imports torch; a command's help does without
+    )
 
 DETECTED = ("present", "colour", "shape", "background", "size", "motion")
 MIN_PSNR = 35.0

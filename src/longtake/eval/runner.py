@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from pydantic import Field
 
@@ -21,9 +21,11 @@ from longtake.eval.errors import EvalError
 from longtake.eval.meter import Meter
 from longtake.eval.score import Record, score
 from longtake.eval.sheet import SheetKeeper
-from longtake.eval.source import VideoSource
 from longtake.world import FPS, VERSION, Split, parse_caption, sample_scene
 from longtake.world.vocabulary import HELDOUT_COMBINATIONS, REFERENCE_HEIGHT
+
+if TYPE_CHECKING:
+    from longtake.eval.source import VideoSource  # which imports torch; a command's help does without
 
 FIRST_EVAL_SEED: Final = 1 << 40
 """Scenes for evaluation start here, far from any seed that training counts up to."""
