@@ -103,6 +103,7 @@ def test_help_and_wrong_use_do_not_wait_for_torch(argv: list[str]) -> None:
 
 
 def children_cpu_seconds() -> float:
-    """Processor time of finished children: unlike wall time it does not depend on what else the machine does."""
+    """Processor time of finished children: unlike wall time it does not depend on what else the machine
+    does."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -35,6 +35,10 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         ),
         "train": Command("train a model by a named recipe; an interrupted run resumes", "longtake.cli.train"),
         "eval world": Command("score a model on the verifiable world", "longtake.cli.eval_world"),
+        "eval vae": Command("measure what a model's autoencoder loses", "longtake.cli.eval_vae"),
+        "eval detectors": Command(
+            "measure the world's detectors where truth is known", "longtake.cli.eval_detectors"
+        ),
         "bench cpu": Command("measure speed and memory on this machine's CPU", "longtake.cli.bench_cpu"),
         "verify": Command("compare the engine with golden recordings", "longtake.cli.verify"),
         "models": Command("list the models that can be used", "longtake.cli.models"),
