@@ -115,11 +115,15 @@ class Recording:
         """
         window = self.integer("window_frames") if "window_frames" in self.metadata else 0
         sink = max(0, self.integer("sink_frames")) if "sink_frames" in self.metadata else 0
+        chunk = self.integer("frames_per_chunk")
+        if window > 0:
+            # A cache too short for its sink and a chunk: the reference's chunk overwrites the sink's end.
+            sink = max(0, min(sink, window - chunk))
         relative = self.metadata.get("rope", "absolute").startswith("relative")
         return HistoryConfig(
             window_frames=window if window > 0 else None,
             sink_frames=sink,
-            chunk_frames=self.integer("frames_per_chunk"),
+            chunk_frames=chunk,
             positions=Relative(f_max=window - 1) if relative and window > 0 else Absolute(),
         )
 

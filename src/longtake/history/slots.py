@@ -1,11 +1,11 @@
 """The in-place history: fixed buffers with one slot per stream, for serving.
 
-Legend: s slots, b rows of a call, i blocks (frames) written or read.
+Legend: b rows of a call, k keys read.
 
-Each slot's tokens lie as ``[memory | sink | ring]``. The ring overwrites its oldest frame, so nothing is
-ever moved: the order of keys does not matter to attention. Keys are stored turned by their frame's index
-(:func:`~longtake.history.positions.aligned_to_frames`); sink and memory also as committed, to be turned
-again when the recipe moves them. Host integers decide where everything goes; no tensor is read back.
+The ring overwrites its oldest frame, so nothing is ever moved: the order of keys does not matter to
+attention. Keys are stored turned by their frame's index
+(:func:`~longtake.history.positions.aligned_to_frames`); only sink and memory are turned again when the
+recipe moves them. Host integers decide everything; no tensor is read back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from longtake.cache.base import Buffers, Entries, Rows
+from longtake.cache.base import Entries
 from longtake.cache.spec import CacheSpec
 from longtake.errors import HistoryError
 from longtake.history.base import (
@@ -31,8 +31,8 @@ from longtake.history.base import (
 )
 from longtake.history.positions import Relative, SegmentIds, aligned_to_frames, segment_ids
 from longtake.history.records import EMPTY, CommitPlan, SlotRecord
+from longtake.history.storage import SlotStorage, Write
 from longtake.history.window import WindowPolicy
-from longtake.ops.rope import grid_phases
 
 
 class SlotHistory:
@@ -79,15 +79,17 @@ class SlotHistory:
                 )
             ring = max(0, max_frames - config.sink_frames)
         self._ring_frames = ring
-        self._frame_tokens = grid[0] * grid[1]
-        self._memory_tokens = 0 if self._memory is None else self._memory.num_tokens
-        sink_tokens = config.sink_frames * self._frame_tokens
-        capacity = self._memory_tokens + sink_tokens + ring * self._frame_tokens
-        self._buffers = Buffers(spec, num_slots, capacity, self.device, dtype)
-        rotary = spec.rotary_parts
-        sink_rotary = rotary if isinstance(config.positions, Relative) else ()  # absolute ids never move
-        self._raw_sink = Buffers(spec, num_slots, sink_tokens, self.device, dtype, sink_rotary)
-        self._raw_memory = Buffers(spec, num_slots, self._memory_tokens, self.device, dtype, rotary)
+        self._storage = SlotStorage(
+            spec,
+            grid,
+            config.sink_frames,
+            ring,
+            self._memory,
+            num_slots,
+            sink_turns=isinstance(config.positions, Relative),
+            device=self.device,
+            dtype=dtype,
+        )
         self._state: PolicyState = self.policy.start(num_slots, self.device, dtype) if self._memory else {}
         self._start = {name: tensor[:1].clone() for name, tensor in self._state.items()}
         self.slots: list[SlotRecord | None] = [None] * num_slots
@@ -96,7 +98,7 @@ class SlotHistory:
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers; constant."""
-        return self._buffers.num_bytes + self._raw_sink.num_bytes + self._raw_memory.num_bytes
+        return self._storage.num_bytes
 
     @property
     def num_blocks(self) -> int:
@@ -122,8 +124,7 @@ class SlotHistory:
     def join_at(self, slot: int) -> None:
         """Take one free slot, see :meth:`join`."""
         assert self.slots[slot] is None, f"slot {slot} is taken"
-        for buffers in (self._buffers, self._raw_sink, self._raw_memory):
-            buffers.clear(slot)
+        self._storage.clear(slot)
         self.slots[slot] = SlotRecord(ring=[EMPTY] * self._ring_frames, version=self._versions[slot] + 1)
         self.reset_memory(slot)
 
@@ -166,10 +167,13 @@ class SlotHistory:
         self._turn_sinks(slots, ids)
         self._turn_memories(slots, ids)
         phases = frame_phases(currents, self.grid, self.spec, self.device)
-        shown = [self._shown(record) for record in records]
+        shown = [
+            self._storage.ranges(self._reads_memory(record), len(record.sink), len(record.local))
+            for record in records
+        ]
         start = min(first for ranges in shown for first, _ in ranges) if any(shown) else 0
         stop = max(last for ranges in shown for _, last in ranges) if any(shown) else 0
-        segments = (self._buffers.read(_as_rows(slots), start, stop),) if stop > start else ()
+        segments = (self._storage.read(slots, start, stop),) if stop > start else ()
         mask = self._mask(shown, start, stop, num_frames)
         versions = [record.version for record in records]
         rows = list(zip(slots, versions, strict=True))
@@ -186,8 +190,7 @@ class SlotHistory:
     def reencode_view(
         self, slot: int, *, own_sink: bool, own_local: bool, read_sink: bool
     ) -> tuple[list[int], HistoryView]:
-        """The view of one block-causal pass that encodes frames again which the history holds (a prompt
-        switch).
+        """The view of a block-causal pass that encodes frames again which the history holds.
 
         Args:
             slot: the stream.
@@ -211,11 +214,10 @@ class SlotHistory:
         segments: tuple[Entries, ...] = ()
         if read_sink and sink:
             self._turn_sinks([slot], [ids])
-            start = self._memory_tokens
-            stop = start + len(sink) * self._frame_tokens
-            segments = (self._buffers.read(slice(slot, slot + 1), start, stop),)
+            [(start, stop)] = self._storage.ranges(False, len(sink), 0)
+            segments = (self._storage.read([slot], start, stop),)
         chunk_f = torch.tensor(frames) // self.config.chunk_frames
-        own_mask_tt = frame_mask(chunk_f[:, None] >= chunk_f[None], self._frame_tokens)
+        own_mask_tt = frame_mask(chunk_f[:, None] >= chunk_f[None], self._storage.frame_tokens)
         past_tokens = segments[0].num_tokens if segments else 0
         mask = torch.nn.functional.pad(own_mask_tt, (past_tokens, 0), value=True).to(self.device)
         phases = frame_phases([own_ids], self.grid, self.spec, self.device)
@@ -237,7 +239,7 @@ class SlotHistory:
         Raises:
             HistoryError: a free slot, or an unlimited stream past ``max_frames``; then nothing has changed.
         """
-        num_frames, rest = divmod(entries.num_tokens, self._frame_tokens)
+        num_frames, rest = divmod(entries.num_tokens, self._storage.frame_tokens)
         assert rest == 0, "entries must be whole frames of this grid"
         assert num_frames > 0, "entries hold no frame"
         assert entries.num_rows == len(slots) == len(set(slots)), "one row per distinct slot"
@@ -249,12 +251,12 @@ class SlotHistory:
         if self._memory is not None:
             self._evict(entries, slots, plans)
         self._move(slots, plans)
-        rows = [
-            (row, own, slot, block)
+        writes = [
+            Write(row, own, slot, block)
             for row, (slot, plan) in enumerate(zip(slots, plans, strict=True))
             for block, own in plan.writes.items()
         ]
-        self._write(entries, rows, frames)
+        self._storage.write(entries, writes, frames)
         return plans
 
     @torch.no_grad()
@@ -268,7 +270,7 @@ class SlotHistory:
         Raises:
             HistoryError: a frame that is not held any more.
         """
-        rows = []
+        writes = []
         for row, (slot, wanted) in enumerate(zip(slots, frames, strict=True)):
             record = self.record(slot)
             places = record.places(self.config.sink_frames)
@@ -278,13 +280,13 @@ class SlotHistory:
                         f"frame {frame} is not held any more",
                         f"held: sink {record.sink}, local {record.local}",
                     )
-                rows.append((row, own, slot, places[frame]))
+                writes.append(Write(row, own, slot, places[frame]))
             record.sink_ids = tuple(
                 frame if frame in wanted else turned
                 for frame, turned in zip(record.sink, record.sink_ids, strict=True)
             )
             record.version += 1
-        self._write(entries, rows, frames)
+        self._storage.write(entries, writes, frames)
 
     def drop_sink(self, slot: int) -> None:
         """Forget a stream's sink; the frames that leave the window next become the new one."""
@@ -310,7 +312,7 @@ class SlotHistory:
         record.version += 1
         if rebuild and local:
             places = record.places(self.config.sink_frames)
-            stored = self._gather([(slot, places[frame]) for frame in local], [local])
+            stored = self._storage.gather([(slot, places[frame]) for frame in local], [local])
             self._absorb([slot], Evicted((local,), stored))
         self._store_memory([slot])
 
@@ -367,13 +369,7 @@ class SlotHistory:
         ]
         if not moved:
             return
-        sink = self.config.sink_frames
-        # Places of a sink that is still filling turn by 0: they hold zeros.
-        frame_ids = [[*turned, *[0] * (sink - len(turned))] for _, turned in moved]
-        raw = self._raw_sink.read([slot for slot, _ in moved], 0, sink * self._frame_tokens)
-        rotated = raw.rotated(frame_phases(frame_ids, self.grid, self.spec, self.device), self.spec)
-        where = self._index([(slot, 0) for slot, _ in moved])
-        self._buffers.write_blocks(rotated, *where, self._memory_tokens, sink * self._frame_tokens)
+        self._storage.turn_sinks([slot for slot, _ in moved], [turned for _, turned in moved])
         for slot, turned in moved:
             self._of(slot).sink_ids = turned
             self._of(slot).version += 1
@@ -386,36 +382,12 @@ class SlotHistory:
             for slot, row in pairs
             if row.memory and row.memory != self._of(slot).memory_ids
         ]
-        if not moved or self._memory is None:
+        if not moved:
             return
-        raw = self._raw_memory.read([slot for slot, _ in moved], 0, self._memory_tokens)
-        frame_ids = [turned for _, turned in moved]
-        phases = grid_phases(frame_ids, self._memory.row_ids, self._memory.column_ids, self.spec.rope)
-        where = self._index([(slot, 0) for slot, _ in moved])
-        rotated = raw.rotated(phases.to(self.device), self.spec)
-        self._buffers.write_blocks(rotated, *where, 0, self._memory_tokens)
+        self._storage.turn_memories([slot for slot, _ in moved], [turned for _, turned in moved])
         for slot, turned in moved:
             self._of(slot).memory_ids = turned
             self._of(slot).version += 1
-
-    def _shown(self, record: SlotRecord) -> list[tuple[int, int]]:
-        """Ranges of tokens of the buffer that a stream shows; neighbouring ranges are one."""
-        sink_start = self._memory_tokens
-        ring_start = sink_start + self.config.sink_frames * self._frame_tokens
-        ranges = [
-            (0, self._memory_tokens if self._reads_memory(record) else 0),
-            (sink_start, sink_start + len(record.sink) * self._frame_tokens),
-            (ring_start, ring_start + len(record.local) * self._frame_tokens),
-        ]
-        merged: list[tuple[int, int]] = []
-        for first, last in ranges:
-            if last == first:
-                continue
-            if merged and merged[-1][1] == first:
-                merged[-1] = (merged[-1][0], last)
-            else:
-                merged.append((first, last))
-        return merged
 
     def _mask(
         self, shown: list[list[tuple[int, int]]], start: int, stop: int, num_frames: int
@@ -423,7 +395,9 @@ class SlotHistory:
         """True where a row shows the token; None where every row shows all of ``start..stop``."""
         if all(ranges == [(start, stop)] for ranges in shown) or stop == start:
             return None
-        mask_bk = torch.zeros(len(shown), stop - start + num_frames * self._frame_tokens, dtype=torch.bool)
+        mask_bk = torch.zeros(
+            len(shown), stop - start + num_frames * self._storage.frame_tokens, dtype=torch.bool
+        )
         mask_bk[:, stop - start :] = True
         for row, ranges in enumerate(shown):
             for first, last in ranges:
@@ -440,13 +414,14 @@ class SlotHistory:
             pieces = []
             if num_blocks:
                 where = [(slots[row], block) for row in rows for block in plans[row].evicted_blocks]
-                pieces.append(self._gather(where, [plans[row].evicted_frames[:num_blocks] for row in rows]))
+                frames = [plans[row].evicted_frames[:num_blocks] for row in rows]
+                pieces.append(self._storage.gather(where, frames))
             if own:
-                first = own[0] * self._frame_tokens
-                pieces.append(entries.select(rows).tokens(first, first + len(own) * self._frame_tokens))
+                tokens = self._storage.frame_tokens
+                pieces.append(entries.select(rows).tokens(own[0] * tokens, (own[-1] + 1) * tokens))
             taken = [slots[row] for row in rows]
-            frames = tuple(plans[row].evicted_frames for row in rows)
-            self._absorb(taken, Evicted(frames, Entries.cat(pieces)))
+            leaving = tuple(plans[row].evicted_frames for row in rows)
+            self._absorb(taken, Evicted(leaving, Entries.cat(pieces)))
             self._store_memory(taken)
 
     def _move(self, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:
@@ -456,15 +431,9 @@ class SlotHistory:
                 continue
             record = self.record(slot)
             frames = [[record.sink[block]] for block in plan.moves]
-            raw = self._gather([(slot, block) for block in plan.moves.values()], frames)
-            rows = [(i, 0, slot, block) for i, block in enumerate(plan.moves)]
-            self._write(raw, rows, frames)
-
-    def _gather(self, where: Sequence[tuple[int, int]], frames: Sequence[Sequence[int]]) -> Entries:
-        """Copies of stored frames, un-rotated, a row per stream; ``where`` lists (slot, block) row by row."""
-        blocks = self._buffers.gather_blocks(*self._index(where), self._memory_tokens, self._frame_tokens)
-        phases = frame_phases(frames, self.grid, self.spec, self.device)
-        return _regrouped(blocks, len(frames)).unrotated(phases, self.spec)
+            raw = self._storage.gather([(slot, block) for block in plan.moves.values()], frames)
+            writes = [Write(i, 0, slot, block) for i, block in enumerate(plan.moves)]
+            self._storage.write(raw, writes, frames)
 
     def _absorb(self, slots: list[int], evicted: Evicted) -> None:
         """Let the policy take in frames of some streams; its answer goes into the fixed state."""
@@ -474,36 +443,9 @@ class SlotHistory:
 
     def _store_memory(self, slots: Sequence[int]) -> None:
         memory = self.policy.read({name: tensor[list(slots)] for name, tensor in self._state.items()})
-        where = self._index([(slot, 0) for slot in slots])
-        self._raw_memory.write_blocks(memory, *where, 0, self._memory_tokens)
-        self._buffers.write_blocks(memory, *where, 0, self._memory_tokens)
+        self._storage.write_memory(slots, memory)
         for slot in slots:
             self._of(slot).memory_ids = ()
-
-    def _write(
-        self, entries: Entries, rows: list[tuple[int, int, int, int]], frames: Sequence[Sequence[int]]
-    ) -> None:
-        """Write frames, given as (row, frame of the row, slot, block), turned by their index."""
-        rotated = entries.rotated(frame_phases(frames, self.grid, self.spec, self.device), self.spec)
-        self._write_blocks(self._buffers, rotated, rows, self._memory_tokens)
-        to_sink = [entry for entry in rows if entry[3] < self.config.sink_frames]
-        if to_sink:
-            self._write_blocks(self._raw_sink, entries, to_sink, 0)
-
-    def _write_blocks(
-        self, buffers: Buffers, entries: Entries, rows: list[tuple[int, int, int, int]], start: int
-    ) -> None:
-        if not rows:
-            return
-        source = self._index([(row, own) for row, own, _, _ in rows])
-        where = self._index([(slot, block) for _, _, slot, block in rows])
-        tokens = self._frame_tokens
-        blocks = entries.map(lambda part: torch.unflatten(part, 1, (-1, tokens))[source[0], source[1]])
-        buffers.write_blocks(blocks, *where, start, tokens)
-
-    def _index(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        index_2i = torch.tensor(pairs).T.to(self.device, non_blocking=True)
-        return index_2i[0], index_2i[1]
 
     def _of(self, slot: int) -> SlotRecord:
         record = self.slots[slot]
@@ -512,28 +454,4 @@ class SlotHistory:
 
     def _named_tensors(self) -> dict[str, Tensor]:
         """Every tensor a slot owns a row of, by a stable name."""
-        named = {f"policy.{name}": tensor for name, tensor in self._state.items()}
-        for title, buffers in (
-            ("past", self._buffers),
-            ("sink", self._raw_sink),
-            ("memory", self._raw_memory),
-        ):
-            for i, layer in enumerate(buffers.layers):
-                named |= {f"{title}.{i}.{name}": part for name, part in layer.items()}
-        return named
-
-
-def _as_rows(slots: Sequence[int]) -> Rows:
-    """A slice where slots are neighbours in ascending order, so that reading them copies nothing."""
-    if list(slots) == list(range(slots[0], slots[0] + len(slots))):
-        return slice(slots[0], slots[0] + len(slots))
-    return slots
-
-
-def _regrouped(blocks: Entries, num_rows: int) -> Entries:
-    """Blocks ``[rows * m, tokens, ...]`` as rows ``[rows, m * tokens, ...]``."""
-
-    def regrouped(part: Tensor) -> Tensor:
-        return part.flatten(0, 1).reshape(num_rows, -1, *part.shape[2:])
-
-    return blocks.map(regrouped)
+        return self._storage.named_tensors() | {f"policy.{name}": t for name, t in self._state.items()}

@@ -1,0 +1,179 @@
+"""Where the in-place history keeps tokens: fixed buffers, one slot per stream, read and written by plain
+integers.
+
+Legend: i blocks (frames) written or read.
+
+Each slot's tokens lie as ``[memory | sink | ring]``, sink and ring in blocks of a frame. Rotary parts are
+stored turned: those of frames by their index in the stream, until the sink is turned again. What is turned
+again (sink under relative ids, memory) is also kept as it was committed. Policies, windows and ids are not
+decided here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longtake.cache.base import Buffers, Entries, Rows
+from longtake.cache.spec import CacheSpec
+from longtake.history.base import MemoryGrid, frame_phases
+from longtake.ops.rope import grid_phases
+
+
+class Write(NamedTuple):
+    """One frame to store: which frame of which row of the entries, to which block of which slot."""
+
+    row: int
+    own: int
+    slot: int
+    block: int
+
+
+class SlotStorage:
+    """The buffers and their layout in tokens.
+
+    Args:
+        spec: parts of a token. ``grid``: tokens per frame as (rows, columns).
+        sink_frames, ring_frames: blocks of a slot.
+        memory: a policy's segment, or None.
+        num_slots: streams held at most.
+        sink_turns: sink keys will be turned again, so that they are kept as committed too.
+        device, dtype: of the buffers.
+    """
+
+    def __init__(
+        self,
+        spec: CacheSpec,
+        grid: tuple[int, int],
+        sink_frames: int,
+        ring_frames: int,
+        memory: MemoryGrid | None,
+        num_slots: int,
+        *,
+        sink_turns: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.spec, self.grid, self.device = spec, grid, device
+        self.sink_frames = sink_frames
+        self.frame_tokens = grid[0] * grid[1]
+        self.memory_tokens = 0 if memory is None else memory.num_tokens
+        self._memory = memory
+        self._sink_tokens = sink_frames * self.frame_tokens
+        capacity = self.memory_tokens + self._sink_tokens + ring_frames * self.frame_tokens
+        rotary = spec.rotary_parts
+        self._past = Buffers(spec, num_slots, capacity, device, dtype)
+        self._raw_sink = Buffers(
+            spec, num_slots, self._sink_tokens, device, dtype, rotary if sink_turns else ()
+        )
+        self._raw_memory = Buffers(spec, num_slots, self.memory_tokens, device, dtype, rotary)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all buffers; constant."""
+        return self._past.num_bytes + self._raw_sink.num_bytes + self._raw_memory.num_bytes
+
+    def clear(self, slot: int) -> None:
+        """Zero one slot."""
+        for buffers in (self._past, self._raw_sink, self._raw_memory):
+            buffers.clear(slot)
+
+    def ranges(self, reads_memory: bool, num_sink: int, num_local: int) -> list[tuple[int, int]]:
+        """Where a stream's tokens lie that has so much; neighbouring ranges are one, empty ones none."""
+        sink_start = self.memory_tokens
+        ring_start = sink_start + self._sink_tokens
+        ranges = [
+            (0, self.memory_tokens if reads_memory else 0),
+            (sink_start, sink_start + num_sink * self.frame_tokens),
+            (ring_start, ring_start + num_local * self.frame_tokens),
+        ]
+        merged: list[tuple[int, int]] = []
+        for first, last in ranges:
+            if last == first:
+                continue
+            if merged and merged[-1][1] == first:
+                merged[-1] = (merged[-1][0], last)
+            else:
+                merged.append((first, last))
+        return merged
+
+    def read(self, slots: Sequence[int], start: int, stop: int) -> Entries:
+        """Tokens as they are read, rotary parts turned; no copy where slots are ascending neighbours."""
+        neighbours = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+        rows: Rows = slice(slots[0], slots[0] + len(slots)) if neighbours else slots
+        return self._past.read(rows, start, stop)
+
+    def write(self, entries: Entries, writes: Sequence[Write], frames: Sequence[Sequence[int]]) -> None:
+        """Store frames.
+
+        Args:
+            entries: un-rotated, one row per stream.
+            writes: which frames go where.
+            frames: for each row of the entries the index in the stream of its frames.
+        """
+        rotated = entries.rotated(frame_phases(frames, self.grid, self.spec, self.device), self.spec)
+        self._write(self._past, rotated, writes, self.memory_tokens)
+        self._write(self._raw_sink, entries, [write for write in writes if write.block < self.sink_frames], 0)
+
+    def gather(self, where: Sequence[tuple[int, int]], frames: Sequence[Sequence[int]]) -> Entries:
+        """Copies of stored frames, un-rotated.
+
+        Args:
+            where: (slot, block) of each, row by row.
+            frames: for each row the index in the stream of its frames, all rows equally many.
+        """
+        blocks = self._past.gather_blocks(*self._index(where), self.memory_tokens, self.frame_tokens)
+
+        def regrouped(part: Tensor) -> Tensor:
+            return part.flatten(0, 1).reshape(len(frames), -1, *part.shape[2:])
+
+        phases = frame_phases(frames, self.grid, self.spec, self.device)
+        return blocks.map(regrouped).unrotated(phases, self.spec)
+
+    def turn_sinks(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
+        """Turn the sink keys of some slots by new ids; places that are still empty hold zeros."""
+        padded = [[*turned, *[0] * (self.sink_frames - len(turned))] for turned in ids]
+        raw = self._raw_sink.read(slots, 0, self._sink_tokens)
+        rotated = raw.rotated(frame_phases(padded, self.grid, self.spec, self.device), self.spec)
+        where = self._index([(slot, 0) for slot in slots])
+        self._past.write_blocks(rotated, *where, self.memory_tokens, self._sink_tokens)
+
+    def write_memory(self, slots: Sequence[int], memory: Entries) -> None:
+        """Store memory segments, un-rotated; :meth:`turn_memories` must follow before they are read."""
+        where = self._index([(slot, 0) for slot in slots])
+        self._raw_memory.write_blocks(memory, *where, 0, self.memory_tokens)
+        self._past.write_blocks(memory, *where, 0, self.memory_tokens)
+
+    def turn_memories(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
+        """Turn the memory keys of some slots by new temporal ids."""
+        assert self._memory is not None
+        raw = self._raw_memory.read(slots, 0, self.memory_tokens)
+        phases = grid_phases(ids, self._memory.row_ids, self._memory.column_ids, self.spec.rope)
+        where = self._index([(slot, 0) for slot in slots])
+        self._past.write_blocks(raw.rotated(phases.to(self.device), self.spec), *where, 0, self.memory_tokens)
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every buffer by a stable name, slots first."""
+        all_buffers = (("past", self._past), ("sink", self._raw_sink), ("memory", self._raw_memory))
+        return {
+            f"{title}.{i}.{name}": part
+            for title, buffers in all_buffers
+            for i, layer in enumerate(buffers.layers)
+            for name, part in layer.items()
+        }
+
+    def _write(self, buffers: Buffers, entries: Entries, writes: Sequence[Write], start: int) -> None:
+        if not writes:
+            return
+        source = self._index([(write.row, write.own) for write in writes])
+        where = self._index([(write.slot, write.block) for write in writes])
+        tokens = self.frame_tokens
+        blocks = entries.map(lambda part: torch.unflatten(part, 1, (-1, tokens))[source[0], source[1]])
+        buffers.write_blocks(blocks, *where, start, tokens)
+
+    def _index(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        index_2i = torch.tensor(pairs).T.to(self.device, non_blocking=True)
+        return index_2i[0], index_2i[1]
