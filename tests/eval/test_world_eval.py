@@ -22,7 +22,9 @@ from longtake.eval.summary import Summary, summarize
 from longtake.eval.world import SUMMARY_NAME, run_world_eval
 from longtake.world import parse_caption, render, scene_for_prompt
 
-CONFIG = WorldEvalConfig(scenes=12, seconds=10, diversity_prompts=2, diversity_seeds=3, batch=6)
+CONFIG = WorldEvalConfig(
+    scenes=8, seconds=8, window_seconds=4, diversity_prompts=2, diversity_seeds=3, batch=7
+)
 HIGHER_IS_WORSE = ("frozen", "flicker", "seam", "background_error", "colour_error", "jerk_px", "size_change")
 
 
@@ -84,8 +86,26 @@ def test_a_wrong_colour_leaves_the_rest_alone() -> None:
     metrics = summary_of("wrong colour").sources["model"].metrics
     for name in ("present", "shape", "background", "motion"):
         assert metrics[name].value == 1.0, name
-    bars = {bar.metric: bar.met for bar in summary_of("wrong colour").bars}
-    assert bars == {"present": True, "colour": False, "shape": True, "background": True}
+    missed = {bar.metric for bar in summary_of("wrong colour").bars if not bar.met}
+    assert missed == {"colour"}
+
+
+def test_long_clips_must_not_freeze_fade_or_drift() -> None:
+    assert not next(bar for bar in summary_of("frozen").bars if bar.metric == "frozen").met
+    records = {"model": measured("drifting colours"), "vae": measured("none")}
+    bars = {bar.metric: bar for bar in summarize(CONFIG, "model", records, {"model": {}, "vae": {}}).bars}
+    assert not bars["last background_error"].met
+    assert not bars["last colour_error"].met
+    assert bars["loss of present"].met
+    same = {"model": measured("none"), "vae": measured("none")}
+    assert all(bar.met for bar in summarize(CONFIG, "model", same, {"model": {}, "vae": {}}).bars)
+    fading = [
+        record.replace(scores={**record.scores, "present": 0.8}) if record.kind == "scene" else record
+        for record in measured("none")
+    ]
+    bars = {bar.metric: bar for bar in summarize(CONFIG, "model", {"model": fading}, {"model": {}}).bars}
+    assert bars["loss of present"].value == pytest.approx(0.2)
+    assert not bars["loss of present"].met
 
 
 def test_drift_shows_window_by_window() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from longtake.eval.lazy import pyplot
 from longtake.eval.score import SHARES
 from longtake.eval.stats import Estimate
-from longtake.eval.summary import Summary
+from longtake.eval.summary import Bar, Summary
 
 PNG_NAME = "report.png"
 HTML_NAME = "report.html"
@@ -54,16 +54,22 @@ def _rows(summary: Summary) -> list[list[str]]:
     rows = []
     for metric in summary.sources[summary.subject].metrics:
         cells = [show(source.metrics[metric], metric) for source in summary.sources.values()]
-        bar = required.get(metric)
-        verdict = "" if bar is None else f">= {100 * bar.required:.0f} %: {'met' if bar.met else 'NOT met'}"
-        rows.append([metric, *cells, verdict])
+        bar = required.pop(metric, None)
+        rows.append([metric, *cells, "" if bar is None else _verdict(bar)])
+    for bar in required.values():
+        value = "-" if bar.value is None else f"{bar.value:.3g}"
+        rows.append([bar.metric, value, *[""] * (len(summary.sources) - 1), _verdict(bar)])
     return rows
+
+
+def _verdict(bar: Bar) -> str:
+    return f"{'<=' if bar.at_most else '>='} {bar.required:.3g}: {'met' if bar.met else 'NOT met'}"
 
 
 def _draw(summary: Summary, path: Path) -> None:
     plt = pyplot()
     figure = plt.figure(figsize=(11, 12), dpi=100)
-    grid = figure.add_gridspec(3, 2, height_ratios=[3.2, 2, 0.01])
+    grid = figure.add_gridspec(3, 2, height_ratios=[4, 2, 0.01])
     figure.suptitle(_title(summary), fontsize=11)
     top = figure.add_subplot(grid[0, :])
     top.axis("off")
@@ -71,7 +77,7 @@ def _draw(summary: Summary, path: Path) -> None:
     table = top.table(_rows(summary), colLabels=header, loc="center", cellLoc="left")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
-    table.scale(1, 1.35)
+    table.scale(1, 1.25)
     _curves(figure.add_subplot(grid[1, 0]), summary, _CURVES, "share right")
     _curves(figure.add_subplot(grid[1, 1]), summary, _ERRORS, "mean absolute error of 255")
     figure.tight_layout(rect=(0, 0, 1, 0.97))

@@ -13,8 +13,14 @@ from longtake.eval.score import METRICS, Record
 from longtake.eval.stats import Estimate, estimate, paired_difference
 from longtake.world import VERSION
 
+AUTOENCODER: Final = "vae"
+"""Name of the source whose colour errors bound the subject's."""
 BARS: Final[Mapping[str, float]] = {"present": 0.95, "colour": 0.90, "shape": 0.90, "background": 0.90}
 """What a level must reach before the next one is climbed."""
+MAX_LOSS: Final = 0.05
+"""How far the mean of a long clip may fall below its first window, and how often it may freeze."""
+MAX_ERROR_RATIO: Final = 2.0
+"""Colours of the last window may be this many times as far off as the autoencoder's own."""
 
 
 class SourceSummary(Config):
@@ -39,12 +45,27 @@ class SourceSummary(Config):
 
 
 class Bar(Config):
-    """A requirement and whether it is met."""
+    """A requirement and whether it is met.
+
+    Attributes:
+        metric: What is required of the subject.
+        required: The bound.
+        at_most: Whether it is an upper bound.
+        value: What was measured; None where nothing could be, which meets no requirement.
+        met: Whether the value keeps the bound.
+    """
 
     metric: str
     required: float
+    at_most: bool
     value: float | None
     met: bool
+
+    @classmethod
+    def of(cls, metric: str, value: float | None, required: float, at_most: bool = False) -> Bar:
+        """Compares a value with its bound."""
+        met = value is not None and (value <= required if at_most else value >= required)
+        return cls(metric=metric, required=required, at_most=at_most, value=value, met=met)
 
 
 class Summary(Config):
@@ -105,12 +126,6 @@ def summarize(
         for name, theirs in scenes.items()
         if name != subject
     }
-    reached = {metric: sources[subject].metrics[metric].value for metric in BARS}
-    bars = tuple(
-        Bar(metric=metric, required=required, value=value, met=value is not None and value >= required)
-        for metric, required in BARS.items()
-        for value in (reached[metric],)
-    )
     return Summary(
         config=config,
         config_digest=config.digest(),
@@ -118,8 +133,28 @@ def summarize(
         subject=subject,
         sources=sources,
         differences=differences,
-        bars=bars,
+        bars=_bars(subject, sources),
     )
+
+
+def _bars(subject: str, sources: Mapping[str, SourceSummary]) -> tuple[Bar, ...]:
+    """Every clip's bars, and those of clips of several windows: no loss, no freezing, no drift of colours."""
+    ours = sources[subject]
+    bars = [Bar.of(metric, ours.metrics[metric].value, required) for metric, required in BARS.items()]
+    if len(ours.windows) < 2:
+        return tuple(bars)
+    for metric in BARS:
+        first, whole = ours.windows[0][metric].value, ours.metrics[metric].value
+        loss = None if first is None or whole is None else first - whole
+        bars.append(Bar.of(f"loss of {metric}", loss, MAX_LOSS, at_most=True))
+    bars.append(Bar.of("frozen", ours.metrics["frozen"].value, MAX_LOSS, at_most=True))
+    own = sources.get(AUTOENCODER)
+    for metric in ("background_error", "colour_error"):
+        bound = own.metrics[metric].value if own is not None else None
+        if bound is not None:
+            last = ours.windows[-1][metric].value
+            bars.append(Bar.of(f"last {metric}", last, MAX_ERROR_RATIO * bound, at_most=True))
+    return tuple(bars)
 
 
 def _estimates(scenes: Sequence[Record]) -> dict[str, Estimate]:
