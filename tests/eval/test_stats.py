@@ -27,7 +27,9 @@ def test_bootstrap_covers_the_mean() -> None:
 
 
 def test_estimates_choose_their_interval() -> None:
-    assert estimate([1.0, 1.0, 0.0, 1.0]).high == pytest.approx(wilson(3, 4)[1])
+    assert estimate([1.0, 1.0, 0.0, 1.0], proportion=True).high == pytest.approx(wilson(3, 4)[1])
+    nothing = estimate([0.0, 0.0, 0.0])  # a magnitude, of which all that was seen is zero
+    assert (nothing.low, nothing.high) == (0, 0)
     spread = estimate([0.5, 0.7, None, float("nan"), 0.9])
     assert spread.num == 3
     assert spread.value == pytest.approx(0.7)

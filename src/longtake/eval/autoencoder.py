@@ -10,7 +10,7 @@ from pydantic import Field
 from longtake.config import Config
 from longtake.eval.meter import Meter
 from longtake.eval.runner import FIRST_EVAL_SEED, SEEDS_APART
-from longtake.eval.score import METRICS, Scores, score
+from longtake.eval.score import METRICS, PROPORTIONS, Scores, score
 from longtake.eval.stats import Estimate, estimate, paired_difference
 from longtake.world import FPS, Split, parse_caption, sample_scene
 
@@ -100,12 +100,19 @@ def evaluate_autoencoder(config: AutoencoderEvalConfig, source: ReconstructionSo
         config=config,
         about=source.about,
         psnr_db=estimate(psnr),
-        truth={metric: estimate([item[metric] for item in real]) for metric in METRICS},
-        reconstruction={metric: estimate([item[metric] for item in coded]) for metric in METRICS},
+        truth=_estimates(real),
+        reconstruction=_estimates(coded),
         difference=lost,
         failed=(),
     )
     return report.replace(failed=_failed(report))
+
+
+def _estimates(scores: list[Scores]) -> dict[str, Estimate]:
+    return {
+        metric: estimate([item[metric] for item in scores], proportion=metric in PROPORTIONS)
+        for metric in METRICS
+    }
 
 
 def _failed(report: AutoencoderReport) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from longtake.eval.lazy import pyplot
-from longtake.eval.score import SHARES
+from longtake.eval.score import PROPORTIONS
 from longtake.eval.stats import Estimate
 from longtake.eval.summary import Bar, Summary
 
@@ -36,7 +36,7 @@ def show(value: Estimate, metric: str) -> str:
     """An estimate as text: percent for shares, plain numbers for magnitudes."""
     if value.value is None or value.low is None or value.high is None:
         return "-"
-    if metric in SHARES or metric == "frozen":
+    if metric in PROPORTIONS:
         return f"{100 * value.value:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
     return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
 

@@ -51,6 +51,8 @@ absolute second difference of the pixels in time; `seam`: mean absolute frame-to
 boundaries less that elsewhere; `background_error`, `colour_error`: distance from the true colours, per
 channel of 255; `size_change`: spread of the radius over its mean."""
 METRICS = SHARES + MAGNITUDES
+PROPORTIONS = frozenset({*SHARES, "frozen"})
+"""Metrics between 0 and 1."""
 
 MIN_MOTION_FRAMES = 28
 """The slowest object must have had the time to move by its radius before its motion is judged."""

@@ -47,12 +47,17 @@ def bootstrap(values: Sequence[float]) -> tuple[float, float]:
     return (float(low), float(high))
 
 
-def estimate(values: Sequence[float | None]) -> Estimate:
-    """Mean of one value per scene, None and NaN left out: Wilson's interval where all are 0 or 1."""
+def estimate(values: Sequence[float | None], proportion: bool = False) -> Estimate:
+    """Mean of one value per scene, None and NaN left out.
+
+    Args:
+        values: One per scene.
+        proportion: Whether they are shares, 0 to 1; where each is 0 or 1 the interval is then Wilson's.
+    """
     known = [float(value) for value in values if value is not None and not math.isnan(value)]
     if not known:
         return Estimate(value=None, low=None, high=None, num=0)
-    if all(value in (0.0, 1.0) for value in known):
+    if proportion and all(value in (0.0, 1.0) for value in known):
         low, high = wilson(round(sum(known)), len(known))
     else:
         low, high = bootstrap(known)

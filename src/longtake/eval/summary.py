@@ -9,7 +9,7 @@ import numpy as np
 
 from longtake.config import Config
 from longtake.eval.runner import WorldEvalConfig
-from longtake.eval.score import METRICS, Record
+from longtake.eval.score import METRICS, PROPORTIONS, Record
 from longtake.eval.stats import Estimate, estimate, paired_difference
 from longtake.world import VERSION
 
@@ -158,13 +158,17 @@ def _bars(subject: str, sources: Mapping[str, SourceSummary]) -> tuple[Bar, ...]
 
 
 def _estimates(scenes: Sequence[Record]) -> dict[str, Estimate]:
-    return {metric: estimate([item.scores[metric] for item in scenes]) for metric in METRICS}
+    return {metric: _estimate(metric, [item.scores[metric] for item in scenes]) for metric in METRICS}
+
+
+def _estimate(metric: str, values: Sequence[float | None]) -> Estimate:
+    return estimate(values, proportion=metric in PROPORTIONS)
 
 
 def _windows(scenes: Sequence[Record]) -> tuple[dict[str, Estimate], ...]:
     count = min((len(item.windows) for item in scenes), default=0)
     return tuple(
-        {metric: estimate([item.windows[number][metric] for item in scenes]) for metric in METRICS}
+        {metric: _estimate(metric, [item.windows[number][metric] for item in scenes]) for metric in METRICS}
         for number in range(count)
     )
 
