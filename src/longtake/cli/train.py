@@ -76,8 +76,8 @@ def run(arguments: Arguments) -> int:
         ) from error
     recipe.dump(out / "recipe.json")
     figures = train(recipe, out, stages, arguments.stop_after_seconds)
-    for figure, value in figures.items():
-        print(f"{figure}: {value:g}", file=sys.stderr)
+    for figure, amount in figures.items():
+        print(f"{figure}: {amount:g}", file=sys.stderr)
     print(out)
     return 0
 

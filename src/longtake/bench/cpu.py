@@ -1,0 +1,291 @@
+"""The CPU benchmark: is the video made faster than it plays, at constant cost, in constant memory?
+
+Four measurements of one model, each a part of the report:
+
+- start: the command itself, in processes of its own, from launch to the first frame in the file;
+- long run: one stream from text to encoded file, to a far chunk: rate, chunk times, resident memory;
+- constant cost: a stream whose window has just filled and the far one take turns, so that both see the same
+machine; - allocations: how often the memory allocator is asked in one chunk of each of the two.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import Field
+from torch.profiler import ProfilerActivity, profile
+
+from longtake.bench.meter import DurationHistogram, environment, resident_bytes
+from longtake.config import Config
+from longtake.errors import ConfigError, UsageError
+from longtake.io.video import VideoConfig, open_video
+from longtake.stream.pipeline import Pipeline
+from longtake.stream.session import Stream
+
+MIN_REAL_TIME_FACTOR: Final = 3.0
+MAX_COST_RATIO: Final = 1.02
+MAX_GROWTH_BYTES: Final = 1_000_000
+MAX_START_SECONDS: Final = 2.0
+
+Tell = Callable[[str], None]
+
+
+class CpuBenchConfig(Config):
+    """What to measure.
+
+    Attributes:
+        prompt: of every stream.
+        seed: of the far stream; the fresh one has the next.
+        far_chunk: index of the chunk that is compared with one whose window has just filled.
+        num_pairs: chunks of either stream in the comparison.
+        num_starts: launches of the command.
+    """
+
+    prompt: str = Field("a red circle bouncing on a blue sky", min_length=1)
+    seed: int = Field(0, ge=0)
+    far_chunk: int = Field(2000, ge=1)
+    num_pairs: int = Field(100, ge=1)
+    num_starts: int = Field(3, ge=1)
+
+
+def run_cpu_bench(
+    config: CpuBenchConfig, pipeline: Pipeline, model: str, threads: int | None, tell: Tell
+) -> dict[str, Any]:
+    """All measurements, as a report ready for JSON.
+
+    Args:
+        config: what to measure.
+        pipeline: the model, loaded.
+        model: what ``--model-path`` takes to load it in the processes that are launched.
+        threads: CPU threads of these processes; None leaves it to torch. This one has them set already.
+        tell: given a line about what is measured next.
+
+    Raises:
+        ConfigError: a window without limit, or a far chunk before the window is full.
+    """
+    full = full_window_chunk(pipeline)
+    if config.far_chunk <= full:
+        raise ConfigError(f"far_chunk={config.far_chunk}: the window is full at {full}", "choose a later one")
+    tell(f"start: {config.num_starts} launches")
+    start = measure_start(config, model, threads)
+    tell(f"long run: {config.far_chunk} chunks")
+    far, long_run = measure_long_run(config, pipeline, full, tell)
+    tell(f"constant cost: {config.num_pairs} pairs of chunks {full} and {config.far_chunk} onwards")
+    near = Stream(pipeline, config.prompt, config.seed + 1)
+    for _ in range(full):
+        next(near)
+    cost = measure_pairs(near, far, config.num_pairs)
+    tell("allocations: one chunk of each")
+    counts = {"just_full": count_allocations(near), "far": count_allocations(far)}
+    report = {
+        "config": config.model_dump(mode="json"),
+        "environment": environment(),
+        "model": {
+            "path": model,
+            "weights_sha256": pipeline.digest,
+            "stream": pipeline.config.model_dump(mode="json"),
+        },
+        "start": start,
+        "long_run": long_run,
+        "constant_cost": {"just_full_chunk": full, "far_chunk": config.far_chunk, **cost},
+        "allocations": {**counts, "equal": counts["just_full"] == counts["far"]},
+    }
+    return {**report, "bars": bars(report)}
+
+
+def full_window_chunk(pipeline: Pipeline) -> int:
+    """Index of the first chunk that sees a full window.
+
+    Raises:
+        ConfigError: the window has no limit.
+    """
+    history = pipeline.config.history
+    if history.window_frames is None:
+        raise ConfigError(
+            "the model's window has no limit, so its cost grows", "choose a model with a window"
+        )
+    return math.ceil(history.window_frames / history.chunk_frames) - 1
+
+
+def measure_start(config: CpuBenchConfig, model: str, threads: int | None) -> dict[str, Any]:
+    """Seconds from the launch of ``longtake generate`` to its first frame in the file, and of what they
+    consist.
+
+    Raises:
+        UsageError: the command failed; with its own line.
+    """
+    runs: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        metrics = Path(directory) / "metrics.json"
+        command = [
+            sys.executable,
+            "-m",
+            "longtake",
+            "generate",
+            "--prompt",
+            config.prompt,
+            "--model-path",
+            model,
+        ]
+        command += ["--num-frames", "9", "--output-path", f"{directory}/out.mp4", "--metrics", str(metrics)]
+        command += [] if threads is None else ["--threads", str(threads)]
+        for _ in range(config.num_starts):
+            result = subprocess.run(command, capture_output=True, text=True, check=False)
+            if result.returncode:
+                raise UsageError(f"the command failed: {result.stderr.strip()}", "run it by itself")
+            runs.append(json.loads(metrics.read_text(encoding="utf-8")))
+    names = (
+        "time_to_first_frame_seconds",
+        "import_seconds",
+        "first_frame_beyond_import_seconds",
+        "load_seconds",
+        "first_chunk_seconds",
+    )
+    return {name: spread([run[name] for run in runs]) for name in names}
+
+
+def measure_long_run(
+    config: CpuBenchConfig, pipeline: Pipeline, full: int, tell: Tell
+) -> tuple[Stream, dict[str, Any]]:
+    """Stream to the far chunk, from text to encoded file. Returns the stream, which is there, and the
+    figures."""
+    stream = Stream(pipeline, config.prompt, config.seed)
+    chunk_seconds, write_seconds = DurationHistogram(), DurationHistogram()
+    resident: dict[int, int | None] = {}
+    tenth = max(1, config.far_chunk // 10)
+    num_frames = 0
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "out.mp4"
+        writer = open_video(path, VideoConfig(fps=pipeline.config.fps))
+        with writer:
+            began = before = time.perf_counter()
+            for index in range(config.far_chunk):
+                frames = next(stream).frames
+                assert frames is not None, "the stream was asked to decode"
+                made = time.perf_counter()
+                writer.write(frames)
+                now = time.perf_counter()
+                if index < full:
+                    began = now
+                else:
+                    num_frames += len(frames)
+                    chunk_seconds.add(now - before)
+                    write_seconds.add(now - made)
+                before = now
+                # The first full chunk still allocates what later ones reuse.
+                if (
+                    index == full + 1
+                    or index == config.far_chunk - 1
+                    or (index > full and index % tenth == 0)
+                ):
+                    resident[index] = resident_bytes()
+                    tell(f"  chunk {index}")
+                    before = time.perf_counter()
+            elapsed = before - began
+            file_bytes = path.stat().st_size
+    rate = num_frames / elapsed
+    first, last = resident[min(resident)], resident[max(resident)]
+    return stream, {
+        "chunks": chunk_seconds.count,
+        "frames_per_second": rate,
+        "real_time_factor": rate / pipeline.config.fps,
+        "chunk_seconds_p50": chunk_seconds.quantile(0.5),
+        "chunk_seconds_p95": chunk_seconds.quantile(0.95),
+        "encode_and_write_share": write_seconds.total_seconds / chunk_seconds.total_seconds,
+        "cache_bytes": stream.cache_bytes,
+        "resident_bytes": {str(index): found for index, found in resident.items()},
+        "resident_growth_bytes": None if first is None or last is None else last - first,
+        "file_bytes": file_bytes,
+    }
+
+
+def measure_pairs(near: Stream, far: Stream, num_pairs: int) -> dict[str, Any]:
+    """Chunk times of two streams that take turns, and how they compare.
+
+    The order changes with every pair, so that neither always finds the other's data in the processor's
+    caches.
+    """
+    seconds: dict[str, list[float]] = {"just_full": [], "far": []}
+    for pair in range(num_pairs):
+        turns = [("just_full", near), ("far", far)]
+        for name, stream in reversed(turns) if pair % 2 else turns:
+            began = time.perf_counter()
+            next(stream)
+            seconds[name].append(time.perf_counter() - began)
+    return {
+        "just_full_seconds": spread(seconds["just_full"]),
+        "far_seconds": spread(seconds["far"]),
+        "ratio_of_medians": statistics.median(seconds["far"]) / statistics.median(seconds["just_full"]),
+        "ratio_within_pairs": spread(
+            [b / a for a, b in zip(seconds["just_full"], seconds["far"], strict=True)]
+        ),
+    }
+
+
+def count_allocations(stream: Stream) -> dict[str, int]:
+    """Requests to the tensor allocator and their bytes during the stream's next chunk."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        next(stream)
+    # The raw events: profiler.events() folds those inside an operator into that operator.
+    assert profiler.profiler is not None
+    raw = profiler.profiler.kineto_results.events()
+    sizes = [event.nbytes() for event in raw if event.name() == "[memory]" and event.nbytes() > 0]
+    return {"count": len(sizes), "bytes": sum(sizes)}
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median, quartiles, extremes and number of values."""
+    low, _, high = (
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+    )
+    return {
+        "median": statistics.median(values),
+        "quartiles": [low, high],
+        "range": [min(values), max(values)],
+        "num": len(values),
+    }
+
+
+def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is required, what was measured, and whether it suffices."""
+    long_run, start = report["long_run"], report["start"]
+    rows: list[tuple[str, float | None, float, bool]] = [
+        ("real-time factor, text to encoded file", long_run["real_time_factor"], MIN_REAL_TIME_FACTOR, True),
+        (
+            "far chunk's time / just full one's",
+            report["constant_cost"]["ratio_of_medians"],
+            MAX_COST_RATIO,
+            False,
+        ),
+        (
+            "far chunk's allocations - just full one's",
+            report["allocations"]["far"]["count"] - report["allocations"]["just_full"]["count"],
+            0.0,
+            False,
+        ),
+        ("growth of resident memory, bytes", long_run["resident_growth_bytes"], MAX_GROWTH_BYTES, False),
+        (
+            "seconds to the first frame in the file beyond the import of torch",
+            start["first_frame_beyond_import_seconds"]["median"],
+            MAX_START_SECONDS,
+            False,
+        ),
+    ]
+    return [
+        {
+            "what": what,
+            "required": f"{'>=' if at_least else '<='} {limit:g}",
+            "measured": value,
+            "met": value is not None and (value >= limit if at_least else value <= limit),
+        }
+        for what, value, limit, at_least in rows
+    ]
