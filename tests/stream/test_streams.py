@@ -257,3 +257,23 @@ def test_unlimited_windows_declare_their_length() -> None:
     next(stream)
     with pytest.raises(HistoryError, match="6 frames exceed max_frames=5"):
         next(stream)
+
+
+@pytest.mark.parametrize("changes", SETTINGS)
+def test_the_kept_latents_are_those_of_the_frames_held(changes: dict[str, Any]) -> None:
+    """What a prompt switch encodes again: followed through growth, evictions and a dropped sink that refills."""
+    pipeline = small_pipeline(**changes)
+    stream = Stream(pipeline, "one", 2)
+    sink_frames = pipeline.config.history.sink_frames
+    frames: list[torch.Tensor] = []
+    for index in range(12):
+        if index == 6:
+            stream.set_prompt("two", sink="drop")
+        frames += list(next(stream).latents)
+        record = stream.engine.history.record(stream.state.slot)
+        places = record.places(sink_frames)
+        assert set(places) == {*record.sink, *record.local}
+        for frame, block in places.items():
+            assert torch.equal(stream.engine.latents[stream.state.slot, block], frames[frame])
+    assert len(record.sink) == sink_frames
+    assert not sink_frames or record.sink[0] > 0
