@@ -261,7 +261,7 @@ def test_unlimited_windows_declare_their_length() -> None:
 
 @pytest.mark.parametrize("changes", SETTINGS)
 def test_the_kept_latents_are_those_of_the_frames_held(changes: dict[str, Any]) -> None:
-    """What a prompt switch encodes again: followed through growth, evictions and a dropped sink that refills."""
+    """What a prompt switch encodes again, through growth, evictions and a dropped sink that refills."""
     pipeline = small_pipeline(**changes)
     stream = Stream(pipeline, "one", 2)
     sink_frames = pipeline.config.history.sink_frames

@@ -20,17 +20,16 @@ from longtake.cache.base import Entries
 from longtake.cache.spec import CacheSpec
 from longtake.errors import HistoryError
 from longtake.history.base import (
-    Evicted,
     HistoryConfig,
     HistoryView,
     Policy,
-    PolicyState,
     check_ids_fit,
     frame_mask,
     frame_phases,
 )
 from longtake.history.positions import Relative, SegmentIds, aligned_to_frames, segment_ids
 from longtake.history.records import EMPTY, CommitPlan, SlotRecord
+from longtake.history.slot_memory import SlotMemory
 from longtake.history.storage import SlotStorage, Write
 from longtake.history.window import WindowPolicy
 
@@ -69,8 +68,8 @@ class SlotHistory:
         self.max_frames = max_frames
         self.policy: Policy = WindowPolicy() if policy is None else policy
         self.device, self.dtype = torch.device(device), dtype
-        self._memory = self.policy.memory_grid
-        check_ids_fit(config, 0 if self._memory is None else self._memory.num_frames)
+        memory = self.policy.memory_grid
+        check_ids_fit(config, 0 if memory is None else memory.num_frames)
         ring = config.local_frames
         if ring is None:
             if max_frames is None:
@@ -84,14 +83,13 @@ class SlotHistory:
             grid,
             config.sink_frames,
             ring,
-            self._memory,
+            memory,
             num_slots,
             sink_turns=isinstance(config.positions, Relative),
             device=self.device,
             dtype=dtype,
         )
-        self._state: PolicyState = self.policy.start(num_slots, self.device, dtype) if self._memory else {}
-        self._start = {name: tensor[:1].clone() for name, tensor in self._state.items()}
+        self._memory = SlotMemory(self.policy, self._storage, num_slots, self.device, dtype)
         self.slots: list[SlotRecord | None] = [None] * num_slots
         self._versions = [0] * num_slots
 
@@ -165,12 +163,9 @@ class SlotHistory:
         currents = [range(record.next_frame, record.next_frame + num_frames) for record in records]
         ids = [self._ids(record, current) for record, current in zip(records, currents, strict=True)]
         self._turn_sinks(slots, ids)
-        self._turn_memories(slots, ids)
+        self._memory.turn(slots, records, ids)
         phases = frame_phases(currents, self.grid, self.spec, self.device)
-        shown = [
-            self._storage.ranges(self._reads_memory(record), len(record.sink), len(record.local))
-            for record in records
-        ]
+        shown = [self._storage.ranges(bool(row.memory), len(row.sink), len(row.local)) for row in ids]
         start = min(first for ranges in shown for first, _ in ranges) if any(shown) else 0
         stop = max(last for ranges in shown for _, last in ranges) if any(shown) else 0
         segments = (self._storage.read(slots, start, stop),) if stop > start else ()
@@ -248,8 +243,7 @@ class SlotHistory:
             self._check_capacity(record, num_frames)
         frames = [range(record.next_frame, record.next_frame + num_frames) for record in records]
         plans = [record.append(num_frames, self.config.sink_frames) for record in records]
-        if self._memory is not None:
-            self._evict(entries, slots, plans)
+        self._memory.evict(entries, slots, plans, records)
         self._move(slots, plans)
         writes = [
             Write(row, own, slot, block)
@@ -303,18 +297,7 @@ class SlotHistory:
             rebuild: then take in the local frames once, as if they had been evicted, without dropping them.
         """
         record = self.record(slot)
-        if self._memory is None:
-            return
-        for name, tensor in self._state.items():
-            tensor[slot : slot + 1] = self._start[name]
-        local = tuple(record.local)
-        record.num_evicted = len(local) if rebuild else 0
-        record.version += 1
-        if rebuild and local:
-            places = record.places(self.config.sink_frames)
-            stored = self._storage.gather([(slot, places[frame]) for frame in local], [local])
-            self._absorb([slot], Evicted((local,), stored))
-        self._store_memory([slot])
+        self._memory.reset(slot, record, record.places(self.config.sink_frames) if rebuild else None)
 
     # ---- snapshots
 
@@ -352,11 +335,8 @@ class SlotHistory:
                 "create the history with more max_frames, or set window_frames",
             )
 
-    def _reads_memory(self, record: SlotRecord) -> bool:
-        return self._memory is not None and record.next_frame > 0 and self.policy.readable(record.num_evicted)
-
     def _ids(self, record: SlotRecord, current: range) -> SegmentIds:
-        num_memory = self._memory.num_frames if self._memory and self._reads_memory(record) else 0
+        num_memory = self._memory.num_frames(record)
         ids = segment_ids(self.config.positions, record.sink, num_memory, record.local, current)
         return aligned_to_frames(ids, current)
 
@@ -374,21 +354,6 @@ class SlotHistory:
             self._of(slot).sink_ids = turned
             self._of(slot).version += 1
 
-    def _turn_memories(self, slots: Sequence[int], ids: Sequence[SegmentIds]) -> None:
-        """Turn the memory keys again of streams whose memory, or its ids, have changed."""
-        pairs = zip(slots, ids, strict=True)
-        moved = [
-            (slot, row.memory)
-            for slot, row in pairs
-            if row.memory and row.memory != self._of(slot).memory_ids
-        ]
-        if not moved:
-            return
-        self._storage.turn_memories([slot for slot, _ in moved], [turned for _, turned in moved])
-        for slot, turned in moved:
-            self._of(slot).memory_ids = turned
-            self._of(slot).version += 1
-
     def _mask(
         self, shown: list[list[tuple[int, int]]], start: int, stop: int, num_frames: int
     ) -> Tensor | None:
@@ -404,26 +369,6 @@ class SlotHistory:
                 mask_bk[row, first - start : last - start] = True
         return mask_bk[:, None, None].to(self.device, non_blocking=True)
 
-    def _evict(self, entries: Entries, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:
-        """Hand evicted frames to the policy before they are overwritten, rows that evict alike together."""
-        groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
-        for row, plan in enumerate(plans):
-            if plan.evicted_frames:
-                groups.setdefault((len(plan.evicted_blocks), plan.evicted_own), []).append(row)
-        for (num_blocks, own), rows in groups.items():
-            pieces = []
-            if num_blocks:
-                where = [(slots[row], block) for row in rows for block in plans[row].evicted_blocks]
-                frames = [plans[row].evicted_frames[:num_blocks] for row in rows]
-                pieces.append(self._storage.gather(where, frames))
-            if own:
-                tokens = self._storage.frame_tokens
-                pieces.append(entries.select(rows).tokens(own[0] * tokens, (own[-1] + 1) * tokens))
-            taken = [slots[row] for row in rows]
-            leaving = tuple(plans[row].evicted_frames for row in rows)
-            self._absorb(taken, Evicted(leaving, Entries.cat(pieces)))
-            self._store_memory(taken)
-
     def _move(self, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:
         """Move frames that leave the window into a sink that was dropped."""
         for slot, plan in zip(slots, plans, strict=True):
@@ -435,18 +380,6 @@ class SlotHistory:
             writes = [Write(i, 0, slot, block) for i, block in enumerate(plan.moves)]
             self._storage.write(raw, writes, frames)
 
-    def _absorb(self, slots: list[int], evicted: Evicted) -> None:
-        """Let the policy take in frames of some streams; its answer goes into the fixed state."""
-        state = {name: tensor[slots] for name, tensor in self._state.items()}
-        for name, tensor in self.policy.absorb(state, evicted).items():
-            self._state[name][slots] = tensor
-
-    def _store_memory(self, slots: Sequence[int]) -> None:
-        memory = self.policy.read({name: tensor[list(slots)] for name, tensor in self._state.items()})
-        self._storage.write_memory(slots, memory)
-        for slot in slots:
-            self._of(slot).memory_ids = ()
-
     def _of(self, slot: int) -> SlotRecord:
         record = self.slots[slot]
         assert record is not None
@@ -454,4 +387,4 @@ class SlotHistory:
 
     def _named_tensors(self) -> dict[str, Tensor]:
         """Every tensor a slot owns a row of, by a stable name."""
-        return self._storage.named_tensors() | {f"policy.{name}": t for name, t in self._state.items()}
+        return self._storage.named_tensors() | self._memory.named_tensors()
