@@ -68,7 +68,7 @@ class CausalTimeMix(nn.Module):
         state.
         """
         batch = previous_bchw.shape[0]
-        x_bfchw = x_nchw.unflatten(0, (batch, -1))
+        x_bfchw = x_nchw.unflatten(0, (batch, -1))  # type: ignore[no-untyped-call]
         past_bfchw = torch.cat([previous_bchw.to(x_nchw.dtype)[:, None], x_bfchw[:, :-1]], dim=1)
         return x_nchw + self.conv(F.relu(past_bfchw.flatten(0, 1))), x_bfchw[:, -1]
 

@@ -95,7 +95,7 @@ def _pool(masks_bthw: Tensor, stride: int, cell: int) -> Tensor:
     """Coverage per latent cell, the strongest over a latent frame's pixel frames, [b,f,h,w] in 0..1."""
     padded = torch.cat([masks_bthw[:, :1].expand(-1, stride - 1, -1, -1), masks_bthw], dim=1)
     cells = F.max_pool2d(padded.clamp(0, 1), cell)
-    pooled: Tensor = cells.unflatten(1, (-1, stride)).amax(dim=2).half()
+    pooled: Tensor = cells.unflatten(1, (-1, stride)).amax(dim=2).half()  # type: ignore[no-untyped-call]
     return pooled
 
 

@@ -110,7 +110,7 @@ class _Networks:
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.out = out
-        self.vae = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.vae: TinyVAE = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text_to_latents = TextToLatents(TinyTextEncoder(recipe.text_model), DiT(recipe.dit_model))
         if recipe.warm_start is not None:
             _, start = load_networks(resolve_model(recipe.warm_start))
