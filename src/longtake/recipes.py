@@ -66,16 +66,17 @@ def tiny() -> Recipe:
             first_seed=_HELD_OUT_SEED, num_clips=128, clips_per_shard=128, num_latent_frames=21
         ),
         first=DiTTrainingConfig(
-            loop=LoopConfig(num_steps=1500),
+            loop=LoopConfig(num_steps=1200, decay_from=1.0, ema_decay=0.995),
             num_clips=0,
-            num_first_clips=64,
+            num_first_clips=32,
             num_chunks=1,
             final_foreground_weight=3.0,
         ),
         windows=DiTTrainingConfig(
-            loop=LoopConfig(num_steps=4000),
-            num_clips=10,
-            num_first_clips=24,
+            loop=LoopConfig(num_steps=1450, decay_from=0.3),
+            num_clips=4,
+            num_copies=4,
+            num_first_clips=12,
             foreground_weight=3.0,
             final_foreground_weight=1.5,
         ),

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from longtake.config import Config
 from longtake.errors import ConfigError, PromptError
+from longtake.ops.attention import attention
 
 _TOKEN = re.compile(
     r"[^\W_]+|,"
@@ -64,10 +65,8 @@ class _Layer(nn.Module):
         self.down = nn.Linear(2 * width, width)
 
     def forward(self, x_bld: Tensor, mask_bl: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm1(x_bld)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_bl[:, None, None, :])
-        x_bld = x_bld + self.out(attended.transpose(1, 2).flatten(2))
+        qkv_bl3hd = self.qkv(self.norm1(x_bld)).unflatten(-1, (3, self.num_heads, -1))
+        x_bld = x_bld + self.out(attention(*qkv_bl3hd.unbind(2), mask_bl[:, None, None, :]))
         hidden: Tensor = x_bld + self.down(F.relu(self.up(self.norm2(x_bld))))
         return hidden
 

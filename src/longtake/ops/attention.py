@@ -23,8 +23,8 @@ def attention(q_bqhd: Tensor, k_bkhd: Tensor, v_bkhd: Tensor, mask_b1qk: Tensor 
         ``[b, q, h * d]``.
     """
     q_bhqd, k_bhkd, v_bhkd = (x.transpose(1, 2) for x in (q_bqhd, k_bkhd, v_bkhd))
-    if mask_b1qk is None and _trains_in_bf16_on_cpu(q_bqhd):
-        out_bhqd = product_attention(q_bhqd, k_bhkd, v_bhkd)
+    if _trains_in_bf16_on_cpu(q_bqhd):
+        out_bhqd = product_attention(q_bhqd, k_bhkd, v_bhkd, mask_b1qk)
     else:
         out_bhqd = scaled_dot_product_attention(q_bhqd, k_bhkd, v_bhkd, attn_mask=mask_b1qk)
     return out_bhqd.transpose(1, 2).flatten(2)
