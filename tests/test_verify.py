@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 
 from longtake.errors import CheckpointError, LongtakeError
+from longtake.history.positions import Absolute, Relative
 from longtake.io.checkpoints import read_safetensors
 from longtake.verify import Recording, verify_file
 
@@ -40,13 +41,34 @@ def test_not_a_number_fails(tmp_path: Path) -> None:
     assert not verify_file(altered(tmp_path, "wan_bidirectional", {}, flow=flow)).passed
 
 
-@pytest.mark.parametrize("window", ["-1", "0", None])
+@pytest.mark.parametrize("window", ["-1", "0", "None", "inf", None])
 def test_unlimited_windows_are_read(tmp_path: Path, window: str | None) -> None:
     path = altered(tmp_path, "causal_window", {"window_frames": window})
     assert Recording(path).history().window_frames is None
+    if window not in ("-1", None):
+        return
     report = verify_file(path)
     assert not report.passed, "the recording was made with a window"
     assert report.parts["flows (in place)"] == pytest.approx(report.parts["flows (functional)"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wording", "relative"),
+    [
+        ("Relative ids", True),
+        ("window-relative, keys un-rotated", True),
+        ("absolute frame ids", False),
+        (None, False),
+    ],
+)
+def test_positions_are_read_from_their_wording(tmp_path: Path, wording: str | None, relative: bool) -> None:
+    config = Recording(altered(tmp_path, "causal_relative", {"rope": wording})).history()
+    assert config.positions == (Relative(f_max=11) if relative else Absolute())
+
+
+def test_what_the_noise_says_need_not_be_said(tmp_path: Path) -> None:
+    path = altered(tmp_path, "causal_relative", {"chunks": None, "kind": None, "context_timestep": None})
+    assert verify_file(path).passed
 
 
 @pytest.mark.parametrize(
@@ -55,7 +77,10 @@ def test_unlimited_windows_are_read(tmp_path: Path, window: str | None) -> None:
         ({"kind": "memory"}, "kind 'memory' are not supported"),
         ({"dim": None}, "no metadata 'dim'"),
         ({"dim": "wide"}, "dim='wide' is no number"),
-        ({"patch_size": "2,2"}, "patch_size"),
+        ({"patch_size": "2,2"}, "patch_size='2,2' has no three sizes"),
+        ({"sink_frames": "1.5"}, r"sink_frames=1\.5 is no whole number"),
+        ({"chunks": "9"}, "21 frames of noise are not 9 chunks of 3"),
+        ({"chunks": None, "frames_per_chunk": "7"}, r"renoise has the shape \(7, 3, .* need \(3, 3, 1, 7,"),
         ({"num_layers": "2"}, r"unexpected: blocks\.2"),
         ({"window_frames": "2"}, "window_frames=2 does not hold"),
     ],

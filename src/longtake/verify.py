@@ -7,6 +7,7 @@ for the format.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from longtake.io.checkpoints import load_into, read_safetensors
 from longtake.models.dit import DiT, DiTConfig
 
 STATE = "state."
+UNLIMITED = ("", "none", "unlimited", "inf")
+"""Words for a window without limit, beside 0 and negative numbers."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,19 @@ class Recording:
             raise CheckpointError(f"{self.path}: {name}={text!r} is no number", "record it again") from error
 
     def integer(self, name: str) -> int:
-        """A metadata value as an integer."""
-        return int(self.number(name))
+        """A metadata value as an integer. Raises CheckpointError where it is none."""
+        number = self.number(name)
+        if not number.is_integer():
+            raise CheckpointError(f"{self.path}: {name}={number} is no whole number", "record it again")
+        return int(number)
 
     def dit(self) -> DiT:
         """The recorded network."""
-        patch = [int(size) for size in self.text("patch_size").strip("()[] ").split(",")]
+        patch = [int(size) for size in re.findall(r"\d+", self.text("patch_size"))]
         if len(patch) != 3:
-            raise CheckpointError(f"{self.path}: patch_size={patch} has no three sizes", "record it again")
+            raise CheckpointError(
+                f"{self.path}: patch_size={self.text('patch_size')!r} has no three sizes", "record it again"
+            )
         state = {name.removeprefix(STATE): t for name, t in self.tensors.items() if name.startswith(STATE)}
         config = DiTConfig(
             width=self.integer("dim"),
@@ -111,15 +119,17 @@ class Recording:
     def history(self) -> HistoryConfig:
         """The recorded window.
 
-        No window, 0 or -1 mean unlimited, where relative ids are plain frame indices.
+        No window, 0, -1 or a word for it mean unlimited, where relative ids are plain frame indices.
         """
-        window = self.integer("window_frames") if "window_frames" in self.metadata else 0
+        stated = self.metadata.get("window_frames", "none").strip().lower()
+        window = 0 if stated in UNLIMITED else self.integer("window_frames")
         sink = max(0, self.integer("sink_frames")) if "sink_frames" in self.metadata else 0
         chunk = self.integer("frames_per_chunk")
         if window > 0:
             # A cache too short for its sink and a chunk: the reference's chunk overwrites the sink's end.
             sink = max(0, min(sink, window - chunk))
-        relative = self.metadata.get("rope", "absolute").startswith("relative")
+        rope = self.metadata.get("rope", "absolute").lower()
+        relative = "relative" in rope and not rope.startswith("absolute")
         return HistoryConfig(
             window_frames=window if window > 0 else None,
             sink_frames=sink,
@@ -131,6 +141,35 @@ class Recording:
         """The recorded timesteps, already warped."""
         timesteps = [float(timestep) for timestep in self.tensor("timesteps").flatten()]
         return steps_at(timesteps, self.number("timestep_shift"))
+
+    def noise(self, num_frames: int, num_steps: int) -> list[list[Tensor]]:
+        """For each chunk the noise of every step: what it starts from, then what is mixed in again.
+
+        Args:
+            num_frames: of a chunk. ``num_steps``: of the sampler.
+
+        Raises:
+            CheckpointError: less noise than the chunks need.
+        """
+        start = self.tensor("noise")
+        num_chunks = self.integer("chunks") if "chunks" in self.metadata else start.shape[1] // num_frames
+        if not 0 < num_chunks * num_frames <= start.shape[1]:
+            raise CheckpointError(
+                f"{self.path}: {start.shape[1]} frames of noise are not {num_chunks} chunks of {num_frames}",
+                "record it again",
+            )
+        starts = start[:, : num_chunks * num_frames].split(num_frames, 1)
+        if num_steps == 1:
+            return [[first] for first in starts]
+        again = self.tensor("renoise")
+        held, expected = again.shape, (num_chunks, num_steps - 1, *starts[0].shape)
+        if held[0] < expected[0] or held[1] < expected[1] or held[-4:] != expected[-4:]:
+            raise CheckpointError(
+                f"{self.path}: renoise has the shape {tuple(held)}, {num_chunks} chunks of "
+                f"{num_steps} steps need {expected}",
+                "record it again",
+            )
+        return [[first, *again[chunk, : num_steps - 1]] for chunk, first in enumerate(starts)]
 
 
 @torch.no_grad()
@@ -183,24 +222,22 @@ def rollout(recording: Recording, functional: bool) -> tuple[list[Tensor], Tenso
             f"{recording.path}: patch_size={dit.config.patch_size} joins frames",
             "a history needs 1 frame a patch",
         )
-    noise = recording.tensor("noise")
-    batch, num_frames = noise.shape[:2]
-    grid = dit.token_grid(noise.shape[-2], noise.shape[-1])
+    noise = recording.noise(config.chunk_frames, len(steps.timesteps))
+    batch, _, _, height, width = noise[0][0].shape
+    grid = dit.token_grid(height, width)
     text = dit.encode_text(recording.tensor("context").expand(batch, -1, -1))
     context_timestep = (
         recording.number("context_timestep") if "context_timestep" in recording.metadata else 0.0
     )
     pure = PureHistory(config, dit.cache_spec(), grid)
-    fixed = SlotHistory(config, dit.cache_spec(), grid, batch, max_frames=num_frames)
+    max_frames = len(noise) * config.chunk_frames
+    fixed = SlotHistory(config, dit.cache_spec(), grid, batch, max_frames=max_frames)
     slots = [fixed.join() for _ in range(batch)]
     flows: list[Tensor] = []
     latents: list[Tensor] = []
-    size = config.chunk_frames
-    for chunk in range(recording.integer("chunks")):
+    for of_chunk in noise:
         view = pure.view() if functional else fixed.view(slots)
-        start = noise[:, chunk * size : (chunk + 1) * size]
-        renoise = [recording.tensor("renoise")[chunk, step] for step in range(len(steps.timesteps) - 1)]
-        clean = sample_chunk(dit, text, view, [start, *renoise], steps, on_flow=flows.append)
+        clean = sample_chunk(dit, text, view, of_chunk, steps, on_flow=flows.append)
         entries = context_pass(dit, text, view, clean, timestep=context_timestep)
         if functional:
             pure = pure.commit(entries)
