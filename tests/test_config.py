@@ -46,7 +46,7 @@ def test_round_trip_and_digest(tmp_path: Path) -> None:
         ("{", "not valid JSON"),
         ('{"width": "7"}', "width='7'"),
         ('{"width": 7, "inner": {"sise": [1, 2]}}', "did you mean 'size'"),
-        ('{"rate": 1.0}', "width"),
+        ('{"rate": 1.0}', "Outer has no value for 'width'; set it"),
     ],
 )
 def test_load_is_strict(text: str, message: str) -> None:

@@ -35,6 +35,8 @@ class Config(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            if first["type"] == "missing":
+                raise ConfigError(f"{cls.__name__} has no value for {name!r}", "set it") from error
             raise ConfigError(
                 f"{cls.__name__}: {name}={first['input']!r} is refused: {first['msg']}"
             ) from error
