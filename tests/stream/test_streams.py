@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
 from longtake.history.positions import Relative
 from longtake.io.checkpoints import read_safetensors, write_safetensors
+from longtake.stream.bundle import load_model
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline
 from longtake.stream.session import Stream
 from longtake.stream.state import Chunk, PromptSwitch
+from model_file import write_model
 from tiny_parts import small_dit, small_pipeline
 
 SETTINGS: list[dict[str, Any]] = [
@@ -172,6 +174,31 @@ def test_resume_is_bit_identical(
     for chunk in expected:
         assert_same(next(resumed), chunk)
         assert_same(next(branch), chunk)
+
+
+@pytest.mark.parametrize("guidance", [None, 1.5])
+def test_resume_of_the_real_networks_is_bit_identical(tmp_path: Path, guidance: float | None) -> None:
+    """The small autoencoder runs channels-last, which a file does not keep."""
+    model = str(write_model(tmp_path / "model.safetensors", guidance=guidance))
+    stream = Stream(load_model(model).pipeline, "a red circle", 5)
+    for _ in range(3):
+        next(stream)
+    stream.snapshot(tmp_path / "stream.safetensors")
+    resumed = Stream.restore(tmp_path / "stream.safetensors", load_model(model).pipeline)
+    for chunk in [next(stream) for _ in range(2)]:
+        assert_same(next(resumed), chunk)
+
+
+@pytest.mark.parametrize("sink", ["keep", "drop"])
+def test_the_negative_branch_forgets_what_the_positive_one_does(sink: Any) -> None:
+    stream = Stream(small_pipeline(guidance=2.0), "a red ball", 3)
+    for index in range(8):
+        if index == 4:
+            stream.set_prompt("green square", sink=sink)
+        next(stream)
+        own, negative = (stream.engine.history.record(slot) for slot in stream.state.slots)
+        assert (own.sink, own.local) == (negative.sink, negative.local)
+    assert own.sink == ([0, 1] if sink == "keep" else [5, 6])
 
 
 def test_snapshots_refuse_what_does_not_fit(tmp_path: Path) -> None:

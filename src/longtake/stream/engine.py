@@ -81,9 +81,8 @@ class Engine:
     def close(self, state: StreamState) -> None:
         """Free a stream's room. The state cannot be advanced any more."""
         self._check_own([state])
-        self.history.leave(state.slot)
-        if state.negative_slot is not None:
-            self.history.leave(state.negative_slot)
+        for slot in state.slots:
+            self.history.leave(slot)
         self._streams[state.slot] = None
         state.closed = True
 
@@ -131,6 +130,7 @@ class Engine:
                     f"chunk {state.chunk} of a stream follows chunks that were not decoded",
                     "decode every chunk of a stream, or none",
                 )
+        for state in states:
             if state.pending is not None and state.pending_text is not None:
                 self._switch(state, state.pending, state.pending_text)
                 state.pending = state.pending_text = None
@@ -163,10 +163,14 @@ class Engine:
     # ---- inside
 
     def _switch(self, state: StreamState, switch: PromptSwitch, text: TextContext) -> None:
-        """Put a prompt into force; encode again what the switch says, in one block-causal pass."""
+        """Put a prompt into force; encode again what the switch says, in one block-causal pass.
+
+        The negative branch forgets what the positive one does; its prompt, and so its entries, stay.
+        """
         state.prompt, state.text = switch.text, text
         if switch.sink == "drop":
-            self.history.drop_sink(state.slot)
+            for slot in state.slots:
+                self.history.drop_sink(slot)
         record = self.history.record(state.slot)
         own_sink = switch.sink == "reencode" and bool(record.sink)
         own_local = switch.window == "reencode" and bool(record.local)
@@ -179,7 +183,8 @@ class Engine:
             entries = context_pass(self.pipeline.dit, state.text, view, clean)
             self.history.rewrite(entries, [state.slot], [frames])
         if switch.memory != "keep":
-            self.history.reset_memory(state.slot, rebuild=switch.memory == "rebuild")
+            for slot in state.slots:
+                self.history.reset_memory(slot, rebuild=switch.memory == "rebuild")
 
     def _keep(self, clean_bfchw: Tensor, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:
         """Keep the clean latents of frames that the history holds, for prompt switches."""

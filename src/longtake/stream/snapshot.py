@@ -68,7 +68,7 @@ def pack(engine: Engine, state: StreamState) -> tuple[Manifest, dict[str, Tensor
     """Everything a stream consists of, copied."""
     records: list[Record] = []
     tensors: dict[str, Tensor] = {}
-    for branch, slot in enumerate(_slots(state)):
+    for branch, slot in enumerate(state.slots):
         record, parts = engine.history.export_slot(slot)
         host = asdict(record)
         del host["version"]  # counts changes within one engine
@@ -102,7 +102,7 @@ def unpack(engine: Engine, manifest: Manifest, tensors: dict[str, Tensor]) -> St
         HistoryError: no room. PromptError: a prompt the text encoder refuses.
     """
     state = engine.open(manifest.prompt, manifest.seed)
-    for branch, (slot, record) in enumerate(zip(_slots(state), manifest.history, strict=True)):
+    for branch, (slot, record) in enumerate(zip(state.slots, manifest.history, strict=True)):
         prefix = f"history.{branch}."
         parts = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         host = record.model_dump()
@@ -184,7 +184,3 @@ def _first_difference(saved: Any, own: Any, name: str = "") -> str:
         return ""
     normal_saved, normal_own = json.dumps(saved), json.dumps(own)
     return "" if normal_saved == normal_own else f"{name} was {normal_saved}, is {normal_own}"
-
-
-def _slots(state: StreamState) -> list[int]:
-    return [state.slot] if state.negative_slot is None else [state.slot, state.negative_slot]

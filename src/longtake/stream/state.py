@@ -62,6 +62,11 @@ class StreamState:
     pending_text: TextContext | None = None
     closed: bool = False
 
+    @property
+    def slots(self) -> list[int]:
+        """Its places in the history: its own, then the negative branch's where there is guidance."""
+        return [self.slot] if self.negative_slot is None else [self.slot, self.negative_slot]
+
 
 @dataclass(frozen=True)
 class Chunk:
