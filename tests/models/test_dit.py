@@ -250,6 +250,8 @@ def test_text_without_tokens_is_finite_and_too_long_text_is_refused() -> None:
     assert flow.isfinite().all()
     with pytest.raises(ConfigError, match="7 tokens exceeds text_length=6"):
         dit.encode_text(torch.randn(1, 7, 8))
+    with pytest.raises(ConfigError, match="width 9 do not fit text_width=8"):
+        dit.encode_text(torch.randn(1, 3, 9))
 
 
 def test_stacked_prompts_are_their_prompts() -> None:

@@ -238,9 +238,14 @@ class DiT(nn.Module):
                 first one.
 
         Raises:
-            ConfigError: too many tokens.
+            ConfigError: too many tokens, or embeddings of another width.
         """
-        length = embeddings_rlw.shape[1]
+        _, length, width = embeddings_rlw.shape
+        if width != self.config.text_width:
+            raise ConfigError(
+                f"text embeddings of width {width} do not fit text_width={self.config.text_width}",
+                "use the text encoder that the DiT was trained with",
+            )
         if length > self.config.text_length:
             raise ConfigError(
                 f"a prompt of {length} tokens exceeds text_length={self.config.text_length}",

@@ -85,7 +85,7 @@ class Pipeline:
 
     def num_pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that the first latent frames of a stream decode to."""
-        return max(0, 1 + (latent_frames - 1) * self.vae.config.temporal_stride) if latent_frames else 0
+        return 1 + (latent_frames - 1) * self.vae.config.temporal_stride if latent_frames > 0 else 0
 
     @torch.no_grad()
     def encode_prompt(self, prompt: str) -> TextContext:

@@ -71,22 +71,22 @@ class Stream(Iterator[Chunk]):
         """Bytes of everything the stream keeps between chunks; constant once it has begun."""
         return self.engine.num_bytes
 
-    def snapshot(self, path: Path) -> None:
+    def snapshot(self, path: str | Path) -> None:
         """Write everything the stream consists of, whole or not at all.
 
         Raises:
             SnapshotError: the file cannot be written.
         """
-        snapshot.save(self.engine, self.state, path)
+        snapshot.save(self.engine, self.state, Path(path))
 
     @classmethod
-    def restore(cls, path: Path, pipeline: Pipeline, *, decode: bool = True) -> Stream:
+    def restore(cls, path: str | Path, pipeline: Pipeline, *, decode: bool = True) -> Stream:
         """Go on from a snapshot, bit-identically on the same machine and thread count.
 
         Raises:
             SnapshotError: a damaged file, or one of other weights or settings, naming the difference.
         """
-        engine, state = snapshot.load(path, pipeline)
+        engine, state = snapshot.load(Path(path), pipeline)
         stream = cls.__new__(cls)
         stream._begin(engine, state, decode)
         return stream
