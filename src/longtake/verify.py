@@ -158,7 +158,7 @@ class Recording:
                 f"{self.path}: {start.shape[1]} frames of noise are not {num_chunks} chunks of {num_frames}",
                 "record it again",
             )
-        starts = start[:, : num_chunks * num_frames].split(num_frames, 1)
+        starts = torch.split(start[:, : num_chunks * num_frames], num_frames, dim=1)
         if num_steps == 1:
             return [[first] for first in starts]
         again = self.tensor("renoise")

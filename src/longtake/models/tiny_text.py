@@ -20,9 +20,8 @@ from longtake.config import Config
 from longtake.errors import ConfigError, PromptError
 from longtake.ops.attention import attention
 
-_TOKEN = re.compile(
-    r"[^\W_]+|,"
-)  # digits and other scripts are words too, so that they can be named as unknown
+# Digits and other scripts are words too, so that they can be named as unknown.
+_TOKEN = re.compile(r"[^\W_]+|,")
 
 
 class TinyTextConfig(Config):
@@ -66,7 +65,8 @@ class _Layer(nn.Module):
 
     def forward(self, x_bld: Tensor, mask_bl: Tensor) -> Tensor:
         qkv_bl3hd = self.qkv(self.norm1(x_bld)).unflatten(-1, (3, self.num_heads, -1))
-        x_bld = x_bld + self.out(attention(*qkv_bl3hd.unbind(2), mask_bl[:, None, None, :]))
+        q_blhd, k_blhd, v_blhd = qkv_bl3hd.unbind(2)
+        x_bld = x_bld + self.out(attention(q_blhd, k_blhd, v_blhd, mask_bl[:, None, None, :]))
         hidden: Tensor = x_bld + self.down(F.relu(self.up(self.norm2(x_bld))))
         return hidden
 
