@@ -37,7 +37,9 @@ def test_the_command_reports_every_figure_and_its_bar(
     assert report["long_run"]["chunks"] == 28  # chunks 2 to 29: a window of 7 frames is full at chunk 2
     assert report["long_run"]["frames_per_second"] > 0
     assert 0 < report["long_run"]["encode_and_write_share"] < 1
-    assert report["long_run"]["resident_growth_bytes"] is not None
+    early, late = report["long_run"]["resident_bytes_early"], report["long_run"]["resident_bytes_late"]
+    assert early["num"] == late["num"] == 27
+    assert report["long_run"]["resident_growth_bytes"] == late["median"] - early["median"]
     assert report["long_run"]["file_bytes"] > 1000
     cost = report["constant_cost"]
     assert (cost["just_full_chunk"], cost["far_chunk"]) == (2, 30)

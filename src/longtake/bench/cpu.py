@@ -17,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,10 @@ MIN_REAL_TIME_FACTOR: Final = 3.0
 MAX_COST_RATIO: Final = 1.02
 MAX_GROWTH_BYTES: Final = 1_000_000
 MAX_START_SECONDS: Final = 2.0
+
+RESIDENT_CHUNKS: Final = 100
+"""Resident memory is read after this many chunks at either end of the long run, and medians are compared: the
+C library hands freed memory back now and then, which moves single readings by some megabytes up and down."""
 
 Tell = Callable[[str], None]
 
@@ -160,7 +165,8 @@ def measure_long_run(
     figures."""
     stream = Stream(pipeline, config.prompt, config.seed)
     chunk_seconds, write_seconds = DurationHistogram(), DurationHistogram()
-    resident: dict[int, int | None] = {}
+    early: list[int] = []
+    late: deque[int] = deque(maxlen=RESIDENT_CHUNKS)
     tenth = max(1, config.far_chunk // 10)
     num_frames = 0
     with tempfile.TemporaryDirectory() as directory:
@@ -180,20 +186,19 @@ def measure_long_run(
                     num_frames += len(frames)
                     chunk_seconds.add(now - before)
                     write_seconds.add(now - made)
-                before = now
+                found = resident_bytes()
                 # The first full chunk still allocates what later ones reuse.
-                if (
-                    index == full + 1
-                    or index == config.far_chunk - 1
-                    or (index > full and index % tenth == 0)
-                ):
-                    resident[index] = resident_bytes()
+                if found is not None and index > full:
+                    if len(early) < RESIDENT_CHUNKS:
+                        early.append(found)
+                    late.append(found)
+                if index % tenth == 0:
                     tell(f"  chunk {index}")
-                    before = time.perf_counter()
+                before = time.perf_counter()
             elapsed = before - began
             file_bytes = path.stat().st_size
     rate = num_frames / elapsed
-    first, last = resident[min(resident)], resident[max(resident)]
+    growth = statistics.median(late) - statistics.median(early) if early else None
     return stream, {
         "chunks": chunk_seconds.count,
         "frames_per_second": rate,
@@ -202,8 +207,9 @@ def measure_long_run(
         "chunk_seconds_p95": chunk_seconds.quantile(0.95),
         "encode_and_write_share": write_seconds.total_seconds / chunk_seconds.total_seconds,
         "cache_bytes": stream.cache_bytes,
-        "resident_bytes": {str(index): found for index, found in resident.items()},
-        "resident_growth_bytes": None if first is None or last is None else last - first,
+        "resident_bytes_early": spread(early) if early else None,
+        "resident_bytes_late": spread(late) if late else None,
+        "resident_growth_bytes": growth,
         "file_bytes": file_bytes,
     }
 
@@ -242,10 +248,10 @@ def count_allocations(stream: Stream) -> dict[str, int]:
     return {"count": len(sizes), "bytes": sum(sizes)}
 
 
-def spread(values: Sequence[float]) -> dict[str, Any]:
+def spread(values: Collection[float]) -> dict[str, Any]:
     """Median, quartiles, extremes and number of values."""
     low, _, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
+        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (min(values),) * 3
     )
     return {
         "median": statistics.median(values),
