@@ -57,7 +57,8 @@ def tiny() -> Recipe:
             history=HistoryConfig(
                 window_frames=12, sink_frames=3, chunk_frames=3, positions=Relative(f_max=11)
             ),
-            schedule=Schedule(steps=(1000, 750, 500, 250), shift=1.0),
+            schedule=Schedule(steps=(1000, 750, 500, 250), shift=3.0),
+            guidance=2.0,
         ),
         vae=VAETrainingConfig(loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99)),
         first_latents=LatentCacheConfig(first_seed=_FIRST_SEED, num_clips=16384, num_latent_frames=3),
@@ -73,7 +74,9 @@ def tiny() -> Recipe:
             final_foreground_weight=3.0,
         ),
         windows=DiTTrainingConfig(
-            loop=LoopConfig(num_steps=1450, decay_from=0.3),
+            loop=LoopConfig(num_steps=1150, decay_from=0.3),
+            muon_learning_rate=2e-3,
+            adamw_learning_rate=8e-4,
             num_clips=4,
             num_copies=4,
             num_first_clips=12,
