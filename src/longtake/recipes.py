@@ -60,7 +60,11 @@ def tiny() -> Recipe:
             schedule=Schedule(steps=(1000, 750, 500, 250), shift=3.0),
             guidance=2.0,
         ),
-        vae=VAETrainingConfig(loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99)),
+        vae=VAETrainingConfig(
+            loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99),
+            muon_learning_rate=2e-3,
+            adamw_learning_rate=1.5e-3,
+        ),
         first_latents=LatentCacheConfig(first_seed=_FIRST_SEED, num_clips=16384, num_latent_frames=3),
         latents=LatentCacheConfig(num_clips=4096, num_latent_frames=21),
         held_out=LatentCacheConfig(
