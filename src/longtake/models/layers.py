@@ -84,8 +84,8 @@ class TimeFrequencies(nn.Module):
         return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
 
 
-class SelfAttention(nn.Module):
-    """Attention of a chunk over its history and itself. Dense layout: ``k`` (after its norm) and ``v``."""
+class _Projections(nn.Module):
+    """What both attentions have: queries, keys (each with its norm), values and output, under Wan's names."""
 
     def __init__(self, width: int, num_heads: int, eps: float, qk_norm: bool) -> None:
         super().__init__()
@@ -97,40 +97,41 @@ class SelfAttention(nn.Module):
         self.norm_q = RMSNorm(width, eps) if qk_norm else nn.Identity()
         self.norm_k = RMSNorm(width, eps) if qk_norm else nn.Identity()
 
+    def queries(self, x_rtw: Tensor) -> Tensor:
+        """``[r, t, h, d]``, normed."""
+        return torch.unflatten(self.norm_q(self.q(x_rtw)), -1, (self.num_heads, -1))
+
+    def keys_and_values(self, x_rtw: Tensor) -> tuple[Tensor, Tensor]:
+        """``[r, t, h, d]`` each, the keys normed."""
+        heads = (self.num_heads, -1)
+        return torch.unflatten(self.norm_k(self.k(x_rtw)), -1, heads), torch.unflatten(
+            self.v(x_rtw), -1, heads
+        )
+
+
+class SelfAttention(_Projections):
+    """Attention of a chunk over its history and itself. Dense layout: ``k`` (after its norm) and ``v``."""
+
     def forward(self, x_rtw: Tensor, view: HistoryView, layer: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The output ``[r, t, w]`` and the tokens' entries, keys un-rotated."""
-        heads = (self.num_heads, -1)
-        q_rthd = self.norm_q(self.q(x_rtw)).unflatten(-1, heads)
-        k_rthd = self.norm_k(self.k(x_rtw)).unflatten(-1, heads)
-        v_rthd = self.v(x_rtw).unflatten(-1, heads)
+        q_rthd = self.queries(x_rtw)
+        k_rthd, v_rthd = self.keys_and_values(x_rtw)
         k_rkhd = view.with_own(layer, "k", view.rotate(k_rthd))
         v_rkhd = view.with_own(layer, "v", v_rthd)
         out = attention(view.rotate(q_rthd), k_rkhd, v_rkhd, view.mask())
         return self.o(out), {"k": k_rthd, "v": v_rthd}
 
 
-class CrossAttention(nn.Module):
+class CrossAttention(_Projections):
     """Attention of a chunk over its prompt; keys and values come once per prompt from ``text``."""
-
-    def __init__(self, width: int, num_heads: int, eps: float, qk_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = nn.Linear(width, width)
-        self.k = nn.Linear(width, width)
-        self.v = nn.Linear(width, width)
-        self.o = nn.Linear(width, width)
-        self.norm_q = RMSNorm(width, eps) if qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(width, eps) if qk_norm else nn.Identity()
 
     def text(self, text_rlw: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values ``[r, l, h, d]`` of embedded text; parameters stay inside their modules."""
-        heads = (self.num_heads, -1)
-        return self.norm_k(self.k(text_rlw)).unflatten(-1, heads), self.v(text_rlw).unflatten(-1, heads)
+        return self.keys_and_values(text_rlw)
 
     def forward(self, x_rtw: Tensor, text: tuple[Tensor, Tensor], mask_r11l: Tensor | None) -> Tensor:
         """``[r, t, w]``."""
-        q_rthd = self.norm_q(self.q(x_rtw)).unflatten(-1, (self.num_heads, -1))
-        out: Tensor = self.o(attention(q_rthd, *text, mask_r11l))
+        out: Tensor = self.o(attention(self.queries(x_rtw), *text, mask_r11l))
         return out
 
 

@@ -22,8 +22,7 @@ from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.latents import Clips
-from longtake.train.loop import LoopConfig, autocast_dtype
-from longtake.train.optim import MuonAdamW, split_parameters
+from longtake.train.loop import LoopConfig, build_optimizer
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
 
@@ -81,16 +80,12 @@ class DiTTask:
         self.first_clips = first_clips
         self.clips = clips
         self.held_out = held_out
-        muon, adamw = split_parameters(
-            module, adamw_names=("embedding", "position", "modulation", "head.head")
-        )
-        self.optimizer = MuonAdamW(
-            muon,
-            adamw,
+        self.optimizer = build_optimizer(
+            module,
             config.muon_learning_rate,
             config.adamw_learning_rate,
-            iteration_dtype=autocast_dtype(config.loop.precision, next(module.parameters()).device)
-            or torch.float32,
+            config.loop.precision,
+            adamw_names=("embedding", "position", "modulation", "head.head"),
         )
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.errors import TrainingError
-from longtake.train.optim import MuonAdamW
+from longtake.train.optim import MuonAdamW, split_parameters
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -79,6 +79,19 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16", False) else None
+
+
+def build_optimizer(
+    module: nn.Module,
+    muon_learning_rate: float,
+    adamw_learning_rate: float,
+    precision: Precision,
+    adamw_names: tuple[str, ...] = (),
+) -> MuonAdamW:
+    """Muon on matrices and convolutions, AdamW on the rest and on names that contain a given part."""
+    muon, adamw = split_parameters(module, adamw_names)
+    dtype = autocast_dtype(precision, next(module.parameters()).device) or torch.float32
+    return MuonAdamW(muon, adamw, muon_learning_rate, adamw_learning_rate, iteration_dtype=dtype)
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:

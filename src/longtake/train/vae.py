@@ -13,8 +13,7 @@ from torch.nn import functional as F
 
 from longtake.config import Config
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.loop import LoopConfig, autocast_dtype
-from longtake.train.optim import MuonAdamW, split_parameters
+from longtake.train.loop import LoopConfig, build_optimizer
 from longtake.world.captions import Split
 from longtake.world.render import render
 from longtake.world.sampling import sample_scene
@@ -78,14 +77,8 @@ class VAETask:
     def __init__(self, module: TinyVAE, config: VAETrainingConfig) -> None:
         self.module = module
         self.config = config
-        muon, adamw = split_parameters(module)
-        self.optimizer = MuonAdamW(
-            muon,
-            adamw,
-            config.muon_learning_rate,
-            config.adamw_learning_rate,
-            iteration_dtype=autocast_dtype(config.loop.precision, next(module.parameters()).device)
-            or torch.float32,
+        self.optimizer = build_optimizer(
+            module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
         )
 
     @property
