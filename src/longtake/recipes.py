@@ -13,6 +13,7 @@ from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTrainingConfig
+from longtake.train.dmd import DMDConfig
 from longtake.train.latents import LatentCacheConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.run import Recipe
@@ -86,6 +87,17 @@ def tiny() -> Recipe:
             num_first_clips=12,
             foreground_weight=3.0,
             final_foreground_weight=1.5,
+        ),
+        dmd=DMDConfig(loop=LoopConfig(num_steps=1500, decay_from=0.3, ema_decay=0.98), critic_updates=3),
+        decoder=VAETrainingConfig(
+            loop=LoopConfig(num_steps=2400, decay_from=0.0, ema_decay=0.99),
+            muon_learning_rate=1e-3,
+            adamw_learning_rate=8e-4,
+            edge_weight=1.0,
+            absolute_weight=0.02,
+            latent_noise=0.05,
+            relative_error=True,
+            freeze_encoder=True,
         ),
     )
 

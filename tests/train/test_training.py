@@ -1,5 +1,6 @@
 """Stages end to end at toy size: exact resume, caches tied to their encoder, files that load."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,15 +8,14 @@ import torch
 
 from longtake.diffusion.flow import Schedule
 from longtake.errors import CheckpointError, ConfigError, TrainingError
-from longtake.history.base import HistoryConfig
-from longtake.history.positions import Relative
-from longtake.models.dit import DiT, DiTConfig
-from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
-from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.models.dit import DiT
+from longtake.models.tiny_text import TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
+from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.latents import (
     Clips,
     LatentCacheConfig,
@@ -24,35 +24,11 @@ from longtake.train.latents import (
     load_cache,
     scene_and_start,
 )
-from longtake.train.loop import STOPPED_EARLY, LoopConfig, run
+from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.run import Recipe, train
 from longtake.train.vae import VAETask, VAETrainingConfig
-from longtake.world import WORDS, render_masks
-
-VAE = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 8), decoder_widths=(8, 8, 8), num_blocks=1)
-TEXT = TinyTextConfig(words=WORDS, width=16, num_layers=1, num_heads=2)
-DIT = DiTConfig(
-    width=24,
-    ffn_width=32,
-    num_layers=2,
-    num_heads=2,
-    in_channels=4,
-    out_channels=4,
-    text_width=16,
-    text_length=TEXT.text_length,
-    frequency_width=16,
-    mask_text=True,
-    cross_attention_layers=(0,),
-    pooled_text=True,
-    prediction="clean",
-)
-HISTORY = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=4))
-
-
-def loop(num_steps: int, seed: int = 3) -> LoopConfig:
-    return LoopConfig(
-        seed=seed, num_steps=num_steps, log_every_steps=1, evaluate_every_steps=2, precision="fp32"
-    )
+from longtake.world import render_masks
+from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks
 
 
 def recipe() -> Recipe:
@@ -71,6 +47,16 @@ def recipe() -> Recipe:
         held_out=cache.replace(first_seed=200),
         first=DiTTrainingConfig(loop=loop(2), num_clips=0, num_first_clips=3, num_chunks=1),
         windows=DiTTrainingConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
+        dmd=DMDConfig(loop=loop(3), num_clips=2, num_chunks=3, critic_updates=2),
+        decoder=VAETrainingConfig(
+            loop=loop(2),
+            num_clips=2,
+            num_latent_frames=2,
+            height=16,
+            width=16,
+            freeze_encoder=True,
+            relative_error=True,
+        ),
     )
 
 
@@ -89,7 +75,14 @@ def vae_task() -> VAETask:
     return VAETask(TinyVAE(VAE), config)
 
 
-@pytest.mark.parametrize("make", [dit_task, vae_task])
+def dmd_task() -> DMDTask:
+    student = networks()
+    config = DMDConfig(loop=loop(4), num_clips=2, num_chunks=3, critic_updates=2)
+    schedule = Schedule(steps=(1000, 500), shift=1.0)
+    return DMDTask(student, copy.deepcopy(student), HISTORY, schedule, config, CAPTIONS, CAPTIONS, (4, 4, 4))
+
+
+@pytest.mark.parametrize("make", [dit_task, vae_task, dmd_task])
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, make: type) -> None:
     whole = make()
     run(whole, whole.config.loop, tmp_path / "whole")

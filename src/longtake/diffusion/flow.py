@@ -18,10 +18,14 @@ from longtake.errors import ConfigError
 NUM_TRAIN_STEPS = 1000
 
 
-def shifted_sigmas(shift: float) -> Tensor:
-    """The 1000 shifted sigmas, descending from 1, float64: ``shift * s / (1 + (shift - 1) * s)``."""
-    sigmas = torch.linspace(1.0, 0.0, NUM_TRAIN_STEPS + 1, dtype=torch.float64)[:-1]
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    """Sigmas moved towards noise: ``shift * s / (1 + (shift - 1) * s)``."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+def shifted_sigmas(shift: float) -> Tensor:
+    """The 1000 shifted sigmas, descending from 1, float64."""
+    return shift_sigmas(torch.linspace(1.0, 0.0, NUM_TRAIN_STEPS + 1, dtype=torch.float64)[:-1], shift)
 
 
 def nearest_sigma(timestep: float, shift: float) -> float:

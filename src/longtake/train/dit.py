@@ -1,12 +1,6 @@
-"""Chunk-causal training of the small DiT with teacher forcing, through the very history that serving uses.
+"""Chunk-causal training of the small DiT with teacher forcing: clips are walked as `train.walk` says.
 
-A clip is walked chunk by chunk. One forward per chunk sees several noisy copies of it and the clean one at
-t=0 (the context pass) over one view of the history; the clean rows are then committed functionally, so that
-gradients flow through the cache. Positions, window, sink and eviction are therefore those of serving by
-construction.
-
-Legend: b clips, n noisy copies, f latent frames, c channels, h/w latent rows and columns; rows are copy-
-major.
+Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 """
 
 from __future__ import annotations
@@ -17,12 +11,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from longtake.config import Config
+from longtake.diffusion.flow import shift_sigmas
 from longtake.history.base import HistoryConfig
-from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.latents import Clips
-from longtake.train.loop import LoopConfig, build_optimizer
+from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
+from longtake.train.optim import MuonAdamW
+from longtake.train.walk import Walk, at_sigma, stratified
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
 
@@ -43,6 +39,9 @@ class DiTTrainingConfig(Config):
     min_weight_sigma: float = Field(
         0.25, gt=0, le=1, description="errors of the clean latents weigh 1/max(sigma, this)"
     )
+    sigma_shift: float = Field(
+        1.0, gt=0, description="shift of the training sigmas, as in sampling; above 1: more of high noise"
+    )
     context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
@@ -60,6 +59,14 @@ class TextToLatents(nn.Module):
         """Cross-attention keys and values of captions, ready for the DiT."""
         embeddings_bld, mask_bl = self.text.encode(captions)
         return self.dit.encode_text(embeddings_bld, mask_bl)
+
+
+def dit_optimizer(
+    networks: TextToLatents, muon_learning_rate: float, adamw_learning_rate: float, precision: Precision
+) -> MuonAdamW:
+    """Muon on the matrices between embeddings and output layer, AdamW on these."""
+    names = ("embedding", "position", "modulation", "head.head")
+    return build_optimizer(networks, muon_learning_rate, adamw_learning_rate, precision, names)
 
 
 class DiTTask:
@@ -80,13 +87,10 @@ class DiTTask:
         self.first_clips = first_clips
         self.clips = clips
         self.held_out = held_out
-        self.optimizer = build_optimizer(
-            module,
-            config.muon_learning_rate,
-            config.adamw_learning_rate,
-            config.loop.precision,
-            adamw_names=("embedding", "position", "modulation", "head.head"),
+        self.optimizer = dit_optimizer(
+            module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
         )
+        self.learners = {"": Learner(module, self.optimizer, self.loss)}
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents over all chunks of the step's clips."""
@@ -123,29 +127,18 @@ class DiTTask:
         text = self.module.encode(captions)
         latents = clips.latents_bfchw[rows, : num_chunks * frames].float()
         foreground = clips.foreground_bfhw[rows, : num_chunks * frames].float()
-        grid = self.module.dit.token_grid(*latents.shape[-2:])
-        history = PureHistory(self.history, self.module.dit.cache_spec(), grid=grid)
+        walk = Walk(self.module.dit, self.history, text, len(rows), *latents.shape[-2:])
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
             clean = latents[:, span]
-            last = chunk == num_chunks - 1
-            sigma = _stratified(num_copies * len(rows), generator)
+            sigma = shift_sigmas(stratified(num_copies * len(rows), generator), config.sigma_shift)
             target = clean.repeat(num_copies, 1, 1, 1, 1)
-            noisy = _mix(target, torch.randn(target.shape, generator=generator), sigma)
-            times = 1000 * sigma
+            noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
             amount = config.context_noise * torch.rand(len(rows), 1, 1, 1, 1, generator=generator)
             context = clean + amount * torch.randn(clean.shape, generator=generator)
-            inputs = noisy if last else torch.cat([noisy, context])
-            times = times if last else torch.cat([times, times.new_zeros(len(rows))])
-            copies = num_copies + (0 if last else 1)
-            view = history.view(num_frames=frames).repeat(copies)
-            flow, entries = self.module.dit(
-                inputs, times[:, None].expand(-1, frames), text.repeat(copies), view
-            )
-            if not last:
-                history = history.commit(entries.select(slice(num_copies * len(rows), None)))
-            predicted = noisy - sigma.view(-1, 1, 1, 1, 1) * flow[: len(noisy)].float()
+            last = chunk == num_chunks - 1
+            predicted = walk.predict(noisy, sigma) if last else walk.advance(noisy, sigma, context)
             results.append(self._errors(predicted, target, sigma, foreground[:, span], foreground_weight))
         return results
 
@@ -174,41 +167,22 @@ class DiTTask:
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
         num_chunks = min(self.config.num_chunks, latents.shape[1] // frames)
         text = self.module.encode(list(clips.captions))
-        grid = self.module.dit.token_grid(*latents.shape[-2:])
-        history = PureHistory(self.history, self.module.dit.cache_spec(), grid=grid)
+        walk = Walk(self.module.dit, self.history, text, len(clips), *latents.shape[-2:])
         generator = torch.Generator().manual_seed(0)
         figures: dict[str, float] = {}
-        zeros = torch.zeros(len(clips), frames)
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
-            view = history.view(num_frames=frames)
+            clean, mask = latents[:, span], foreground[:, span]
             if chunk in (0, num_chunks - 1):
                 for time in _EVALUATION_TIMES:
                     sigma = torch.full((len(clips),), time)
-                    noisy = _mix(
-                        latents[:, span], torch.randn(latents[:, span].shape, generator=generator), sigma
-                    )
-                    flow, _ = self.module.dit(noisy, zeros + 1000 * time, text, view)
-                    squared = (noisy - time * flow - latents[:, span]).square().mean(dim=2)
-                    mask = foreground[:, span]
+                    noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
+                    squared = (walk.predict(noisy, sigma) - clean).square().mean(dim=2)
                     name = "first" if chunk == 0 else "last"
                     figures[f"foreground_{name}_{time}"] = float((squared * mask).sum() / mask.sum())
                     figures[f"background_{name}_{time}"] = float(
                         (squared * (1 - mask)).sum() / (1 - mask).sum()
                     )
             if chunk < num_chunks - 1:
-                _, entries = self.module.dit(latents[:, span], zeros, text, view)
-                history = history.commit(entries)
+                walk.commit(clean)
         return figures
-
-
-def _mix(clean: Tensor, noise: Tensor, sigma_b: Tensor) -> Tensor:
-    """The flow-matching path: (1 - sigma) * clean + sigma * noise."""
-    sigma = sigma_b.view(-1, 1, 1, 1, 1)
-    return (1 - sigma) * clean + sigma * noise
-
-
-def _stratified(count: int, generator: torch.Generator) -> Tensor:
-    """`count` values in (0, 1], one from each of `count` equal strata, in random order."""
-    order = torch.randperm(count, generator=generator)
-    return (order + 1 - torch.rand(count, generator=generator)) / count

@@ -1,9 +1,9 @@
 """A resumable training loop: everything random follows from (seed, step), so an interrupted run continues
 exactly.
 
-A stage is a `Task`: it owns a module, an optimiser and a loss. The loop owns schedule, precision, averaging
-of weights, clipping, the log (JSON lines) and checkpoints (written aside, then renamed, so that a kill loses
-only the steps since the last one).
+A stage is a `Task`: it owns one or several learners, each a network, an optimiser and a loss. The loop owns
+schedule, precision, averaging of weights, clipping, the log (JSON lines) and checkpoints (written aside, then
+renamed, so that a kill loses only the steps since the last one).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -48,21 +50,40 @@ class LoopConfig(Config):
     checkpoint_every_seconds: float = Field(120.0, gt=0)
 
 
+Loss = Callable[[int, float], tuple[Tensor, dict[str, float]]]
+"""Of (step, progress from 0 to 1 over the stage): the loss to descend, and figures for the log."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A network under training.
+
+    Args:
+        module: the network.
+        optimizer: updates it.
+        loss: of a step; everything random in it must follow from the step.
+        every: it learns on every so many-th step, first on step 0.
+    """
+
+    module: nn.Module
+    optimizer: MuonAdamW
+    loss: Loss
+    every: int = 1
+
+
 class Task(Protocol):
     """What a stage trains."""
 
     @property
     def module(self) -> nn.Module:
-        """The network whose parameters are trained."""
+        """The network whose averaged weights are the stage's result; one of the learners'."""
         ...
 
     @property
-    def optimizer(self) -> MuonAdamW:
-        """Updates them."""
-        ...
-
-    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Loss of one step and figures for the log. `progress` runs from 0 to 1 over the stage."""
+    def learners(self) -> Mapping[str, Learner]:
+        """By name, in the order in which they learn. The names prefix figures in the log where there are
+        several.
+        """
         ...
 
     def evaluate(self) -> dict[str, float]:
@@ -156,24 +177,18 @@ def run(
     with (out / "log.jsonl").open("a") as log:
         while step < config.num_steps:
             tick = time.monotonic()
-            task.optimizer.scale_learning_rates(learning_rate_factor(step, config))
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-                loss, parts = task.loss(step, step / config.num_steps)
-            task.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            norm = nn.utils.clip_grad_norm_(task.module.parameters(), config.gradient_clip)
-            value = float(loss.detach())
-            if not torch.isfinite(norm):
-                raise TrainingError(
-                    f"step {step}: loss {value}, gradient norm {float(norm)}", "lower the learning rate"
-                )
-            task.optimizer.step()
-            average.update(task.module, step)
+            row: dict[str, float] = {}
+            for name, learner in task.learners.items():
+                if step % learner.every == 0:
+                    prefix = f"{name}_" if len(task.learners) > 1 else ""
+                    for key, value in _learn(learner, step, config, dtype).items():
+                        row[prefix + key] = value
+                    if learner.module is task.module:
+                        average.update(task.module, step // learner.every)
             step += 1
-            window.append({"loss": value, "norm": float(norm), "seconds": time.monotonic() - tick, **parts})
+            window.append({**row, "seconds": time.monotonic() - tick})
             if step % config.log_every_steps == 0:
-                means = {key: sum(row[key] for row in window) / len(window) for key in window[0]}
-                _log(log, {"step": step, **means})
+                _log(log, {"step": step, **_means(window)})
                 window.clear()
             late = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
             if late or step == config.num_steps or time.monotonic() - saved > config.checkpoint_every_seconds:
@@ -191,6 +206,33 @@ def run(
     return figures
 
 
+def _learn(learner: Learner, step: int, config: LoopConfig, dtype: torch.dtype | None) -> dict[str, float]:
+    """One update of one learner; its figures."""
+    device = next(learner.module.parameters()).device
+    learner.optimizer.scale_learning_rates(learning_rate_factor(step, config))
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        loss, parts = learner.loss(step, step / config.num_steps)
+    learner.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(learner.module.parameters(), config.gradient_clip)
+    value = float(loss.detach())
+    if not torch.isfinite(norm):
+        raise TrainingError(
+            f"step {step}: loss {value}, gradient norm {float(norm)}", "lower the learning rate"
+        )
+    learner.optimizer.step()
+    return {"loss": value, "norm": float(norm), **parts}
+
+
+def _means(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure over the rows that have it."""
+    means = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row[key] for row in rows if key in row]
+        means[key] = sum(values) / len(values)
+    return means
+
+
 def _log(log: Any, row: dict[str, Any]) -> None:
     log.write(json.dumps(row) + "\n")
     log.flush()
@@ -200,9 +242,9 @@ def _save(task: Task, config: LoopConfig, average: WeightAverage, step: int, out
     state = {
         "step": step,
         "config": config.model_dump_json(),
-        "module": task.module.state_dict(),
         "average": average.shadow,
-        "optimizer": task.optimizer.state_dict(),
+        "modules": {name: learner.module.state_dict() for name, learner in task.learners.items()},
+        "optimizers": {name: learner.optimizer.state_dict() for name, learner in task.learners.items()},
     }
     aside = out / "checkpoint.pt.part"
     torch.save(state, aside)
@@ -218,7 +260,8 @@ def _resume(task: Task, config: LoopConfig, average: WeightAverage, out: Path) -
         raise TrainingError(
             f"{path} was written under {state['config']}", "remove it or train with that configuration"
         )
-    task.module.load_state_dict(state["module"])
-    task.optimizer.load_state_dict(state["optimizer"])
+    for name, learner in task.learners.items():
+        learner.module.load_state_dict(state["modules"][name])
+        learner.optimizer.load_state_dict(state["optimizers"][name])
     average.shadow = state["average"]
     return int(state["step"])

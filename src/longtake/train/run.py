@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,11 +20,12 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.bundle import ModelCard, load_networks, resolve_model, save_model
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
-from longtake.train.latents import LatentCacheConfig, build_cache, load_cache
+from longtake.train.dmd import DMDConfig, DMDTask
+from longtake.train.latents import Clips, LatentCacheConfig, build_cache, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
 
-Stage = Literal["vae", "latents", "first", "windows", "export"]
+Stage = Literal["vae", "latents", "first", "windows", "dmd", "decoder", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _NUM_CLIPS_FOR_STATISTICS = 64
@@ -35,7 +37,8 @@ class Recipe(Config):
     Args:
         warm_start: model name or file whose weights the networks start from; None starts from scratch.
         stages: vae (reconstruction), latents (encode clips once), first (first chunks only), windows (whole
-            clips through the history), export (write the model file).
+            clips through the history), dmd (few steps and guidance, distilled),
+            decoder (the autoencoder's decoder alone, latents untouched), export (write the model file).
     """
 
     name: str = Field(min_length=1)
@@ -53,6 +56,8 @@ class Recipe(Config):
     held_out: LatentCacheConfig
     first: DiTTrainingConfig
     windows: DiTTrainingConfig
+    dmd: DMDConfig
+    decoder: VAETrainingConfig
 
     @property
     def card(self) -> ModelCard:
@@ -95,6 +100,8 @@ def train(
         "latents": lambda: _cache_latents(recipe, networks, out),
         "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
         "windows": lambda: _train_dit(recipe, networks, out, "windows", recipe.windows, stop_after_seconds),
+        "dmd": lambda: _match(recipe, networks, out, stop_after_seconds),
+        "decoder": lambda: _train_decoder(recipe, networks, out, stop_after_seconds),
         "export": lambda: _export(recipe, networks, out),
     }
     figures: dict[str, float] = {}
@@ -118,8 +125,12 @@ class _Networks:
             load_into(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
             load_into(self.text_to_latents.dit, start["dit"].state_dict(), recipe.warm_start)
         self._warm = recipe.warm_start is not None
-        self._restore("vae", self.vae)
+        for stage in ("vae", "decoder"):
+            self._restore(stage, self.vae)
         for stage in ("first", "windows"):
+            self._restore(stage, self.text_to_latents)
+        self.teacher = copy.deepcopy(self.text_to_latents)
+        for stage in "dmd":
             self._restore(stage, self.text_to_latents)
 
     def keep(self, stage: Stage, module: nn.Module) -> None:
@@ -152,9 +163,19 @@ def _train_vae(recipe: Recipe, networks: _Networks, out: Path, seconds: float | 
     return figures
 
 
+def _train_decoder(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
+    vae = networks.require_vae()
+    vae.decoder.requires_grad_(True)
+    figures = run(VAETask(vae, recipe.decoder), recipe.decoder.loop, out / "decoder", seconds)
+    if STOPPED_EARLY not in figures:
+        networks.keep("decoder", vae)
+    return figures
+
+
 def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
     vae = networks.require_vae()
-    digest = weights_digest(vae.state_dict())
+    encoding = {name: t for name, t in vae.state_dict().items() if not name.startswith("decoder.")}
+    digest = weights_digest(encoding)
     build_cache(vae, recipe.held_out, out / "held_out", digest)
     build_cache(vae, recipe.first_latents, out / "first_latents", digest)
     build_cache(vae, recipe.latents, out / "latents", digest)
@@ -170,18 +191,43 @@ def _train_dit(
     seconds: float | None,
 ) -> dict[str, float]:
     history = recipe.stream.history
-    first_clips = load_cache(out / "first_latents", history.chunk_frames)
-    clips = (
-        None
-        if config.num_clips == 0
-        else load_cache(out / "latents", config.num_chunks * history.chunk_frames)
-    )
-    held_out = load_cache(out / "held_out", config.num_chunks * history.chunk_frames)
-    task = DiTTask(networks.text_to_latents, history, config, first_clips, clips, held_out)
+    clips = _load_clips(out, config, history.chunk_frames)
+    task = DiTTask(networks.text_to_latents, history, config, *clips)
     figures = run(task, config.loop, out / stage, seconds)
     if STOPPED_EARLY not in figures:
         networks.keep(stage, networks.text_to_latents)
     return figures
+
+
+def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
+    stream, config = recipe.stream, recipe.dmd
+    first, clips, held_out = _load_clips(out, recipe.windows, stream.history.chunk_frames)
+    captions = first.captions if clips is None else first.captions + clips.captions
+    channels, height, width = held_out.latents_bfchw.shape[2:]
+    task = DMDTask(
+        networks.text_to_latents,
+        networks.teacher,
+        stream.history,
+        stream.schedule,
+        config,
+        captions,
+        held_out.captions,
+        (channels, height, width),
+    )
+    figures = run(task, config.loop, out / "dmd", seconds)
+    if STOPPED_EARLY not in figures:
+        networks.keep("dmd", networks.text_to_latents)
+    return figures
+
+
+def _load_clips(out: Path, config: DiTTrainingConfig, chunk_frames: int) -> tuple[Clips, Clips | None, Clips]:
+    """Cached first chunks, whole clips where the stage reads any, and held-out clips."""
+    num_frames = config.num_chunks * chunk_frames
+    return (
+        load_cache(out / "first_latents", chunk_frames),
+        load_cache(out / "latents", num_frames) if config.num_clips > 0 else None,
+        load_cache(out / "held_out", num_frames),
+    )
 
 
 def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:

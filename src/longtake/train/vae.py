@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from longtake.config import Config
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.loop import LoopConfig, build_optimizer
+from longtake.train.loop import Learner, LoopConfig, build_optimizer
 from longtake.world.captions import Split
 from longtake.world.render import render
 from longtake.world.sampling import sample_scene
@@ -23,8 +23,8 @@ _EDGE_STEP = 0.2  # between neighbouring pixels, of a range of 2: above any back
 
 
 class VAETrainingConfig(Config):
-    """Stage `vae`: reconstruction with weighted edges, a decoder that tolerates noisy latents, unit-scale
-    latents.
+    """Stages `vae` and `decoder`: reconstruction with weighted edges, a decoder that tolerates noisy latents,
+    unit-scale latents.
     """
 
     loop: LoopConfig = LoopConfig()
@@ -42,6 +42,10 @@ class VAETrainingConfig(Config):
     latent_noise: float = Field(
         0.15, ge=0, description="upper end of the noise added to latents when decoding"
     )
+    relative_error: bool = Field(
+        False, description="take the logarithm of each clip's error, so that the mean PSNR is what is trained"
+    )
+    freeze_encoder: bool = Field(False, description="train the decoder alone; the latents stay as they are")
     scale_weight: float = Field(1e-3, ge=0, description="pull of the latents towards unit variance")
 
 
@@ -77,9 +81,11 @@ class VAETask:
     def __init__(self, module: TinyVAE, config: VAETrainingConfig) -> None:
         self.module = module
         self.config = config
+        module.encoder.requires_grad_(not config.freeze_encoder)
         self.optimizer = build_optimizer(
             module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
         )
+        self.learners = {"": Learner(module, self.optimizer, self.loss)}
 
     @property
     def num_frames(self) -> int:
@@ -95,7 +101,8 @@ class VAETask:
         frames = render_clips(seeds, starts, self.num_frames, config, "train")
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
         state = self.module.init_encode_state(config.num_clips, config.height, config.width)
-        latents, _ = self.module.encode_raw(frames, state)
+        with torch.set_grad_enabled(not config.freeze_encoder):
+            latents, _ = self.module.encode_raw(frames, state)
         amount = torch.rand(config.num_clips, 1, 1, 1, 1, generator=generator) * config.latent_noise
         noisy = latents + amount * torch.randn(latents.shape, generator=generator)
         decoded, _ = self.module.decode_raw(
@@ -104,10 +111,13 @@ class VAETask:
         error = decoded.float() - frames
         weight = 1 + config.edge_weight * edge_map(frames)
         squared = error.square()
-        reconstruction = (weight * (squared + config.absolute_weight * error.abs())).mean()
+        by_clip = (weight * (squared + config.absolute_weight * error.abs())).flatten(1).mean(dim=1)
+        reconstruction = (by_clip.log() if config.relative_error else by_clip).mean()
+        psnr = -10 * torch.log10(squared.detach().mean() / 4)
+        if config.freeze_encoder:
+            return reconstruction, {"psnr": float(psnr)}
         variance_c = latents.float().var(dim=(0, 1, 3, 4))
         scale = latents.float().square().mean() + variance_c.clamp_min(1e-4).log().square().mean()
-        psnr = -10 * torch.log10(squared.detach().mean() / 4)
         return reconstruction + config.scale_weight * scale, {
             "psnr": float(psnr),
             "scale": float(scale.detach()),
@@ -124,6 +134,7 @@ class VAETask:
         first = -10 * torch.log10(squared[:, 0].mean() / 4)
         return {
             "psnr": float(-10 * torch.log10(squared.mean() / 4)),
+            "psnr_mean_over_clips": float(by_clip.mean()),
             "psnr_worst_clip": float(by_clip.min()),
             "psnr_first_frame": float(first),
         }

@@ -1,0 +1,233 @@
+"""Distribution matching distillation on the model's own rollouts (Self-Forcing, arXiv 2506.08009; DMD2, arXiv
+2405.14867).
+
+The generator rolls chunks out through its own history, as in serving, and stops denoising at a step drawn for
+the whole rollout; gradients flow through that step alone. The finished chunks are noised again, and two
+networks say where they should go: the frozen teacher, towards real clips of the caption, and a critic that
+follows the generator's own distribution, away from what is made too often. Both score chunk by chunk, each
+given the generated past.
+
+Legend: b rollouts, r = copies * b rows, f latent frames, c channels, h/w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from longtake.config import Config
+from longtake.diffusion.flow import Schedule, shift_sigmas
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.train.dit import TextToLatents, dit_optimizer
+from longtake.train.loop import Learner, LoopConfig
+from longtake.train.walk import GuidedWalk, Walk, at_sigma, stratified
+
+_NUM_EVALUATION_CLIPS = 32
+_GENERATOR, _CRITIC = 0, 1
+
+
+class DMDConfig(Config):
+    """Stage `dmd`."""
+
+    loop: LoopConfig = LoopConfig()
+    num_clips: int = Field(8, ge=1, description="rollouts per step")
+    num_chunks: int = Field(7, ge=1, description="chunks of a rollout")
+    critic_updates: int = Field(5, ge=1, description="updates of the critic for one of the generator")
+    num_critic_copies: int = Field(2, ge=1, description="noisy copies of each chunk for the critic")
+    guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
+    score_shift: float = Field(3.0, gt=0, description="shift of the noise levels at which chunks are scored")
+    min_score_sigma: float = Field(0.02, gt=0, lt=1)
+    max_score_sigma: float = Field(0.98, gt=0, lt=1)
+    min_weight_sigma: float = Field(
+        0.25, gt=0, le=1, description="the critic's errors of clean latents weigh 1/max(sigma, this)"
+    )
+    muon_learning_rate: float = Field(3e-4, gt=0)
+    adamw_learning_rate: float = Field(1e-4, gt=0)
+    critic_muon_learning_rate: float = Field(6e-4, gt=0)
+    critic_adamw_learning_rate: float = Field(2e-4, gt=0)
+
+    @model_validator(mode="after")
+    def _has_room(self) -> DMDConfig:
+        if self.min_score_sigma >= self.max_score_sigma:
+            raise ConfigError(
+                f"min_score_sigma={self.min_score_sigma} is not below max_score_sigma={self.max_score_sigma}",
+                "use for instance 0.02 and 0.98",
+            )
+        return self
+
+
+class DMDTask:
+    """The stage's learners and evaluation (see `train.loop.Task`).
+
+    Args:
+        module: the generator, which should make something sensible in few steps already.
+        teacher: the frozen multi-step model; the critic starts from it.
+        history: of all three.
+        schedule: the generator's denoising steps.
+        config: the stage.
+        captions: for training.
+        held_out: captions for evaluation.
+        latent_shape: of a latent frame, (channels, height, width).
+    """
+
+    def __init__(
+        self,
+        module: TextToLatents,
+        teacher: TextToLatents,
+        history: HistoryConfig,
+        schedule: Schedule,
+        config: DMDConfig,
+        captions: Sequence[str],
+        held_out: Sequence[str],
+        latent_shape: tuple[int, int, int],
+    ) -> None:
+        self.module = module
+        self.critic = copy.deepcopy(teacher).requires_grad_(True)
+        self.history = history
+        self.config = config
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._sigmas = schedule.resolve().sigmas
+        self._captions = captions
+        self._held_out = held_out
+        self._shape = (history.chunk_frames, *latent_shape)
+        precision = config.loop.precision
+        self.learners = {
+            "generator": Learner(
+                module,
+                dit_optimizer(module, config.muon_learning_rate, config.adamw_learning_rate, precision),
+                self.generator_loss,
+                every=config.critic_updates,
+            ),
+            "critic": Learner(
+                self.critic,
+                dit_optimizer(
+                    self.critic,
+                    config.critic_muon_learning_rate,
+                    config.critic_adamw_learning_rate,
+                    precision,
+                ),
+                self.critic_loss,
+            ),
+        }
+
+    def generator_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Half the squared distance to where the difference of the scores points (DMD's surrogate)."""
+        captions, generator = self._draw(step, _GENERATOR)
+        chunks = self._rollout(captions, generator, learn=True)
+        size = self._shape[-2:]
+        with torch.no_grad():
+            text = self.critic.encode(captions)
+        critic = Walk(self.critic.dit, self.history, text, len(captions), *size)
+        teacher = self._guided_teacher(captions)
+        losses, sizes, moves = [], [], []
+        for chunk in chunks:
+            clean = chunk.detach()
+            sigma = self._score_sigmas(len(clean), generator)
+            noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
+            with torch.no_grad():
+                fake = critic.advance(noisy, sigma, clean)
+                real = teacher.advance(noisy, sigma, clean)
+            scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
+            move = (real - fake) / scale
+            losses.append(0.5 * (chunk - (clean + move)).square().mean())
+            sizes.append(float((clean - real).abs().mean()))
+            moves.append(float((real - fake).abs().mean()))
+        spread = float(torch.cat([chunk.detach() for chunk in chunks]).std())
+        return torch.stack(losses).mean(), {
+            "move": float(np.mean(moves)),
+            "distance": float(np.mean(sizes)),
+            "spread": spread,
+        }
+
+    def critic_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Weighted error of the clean latents on the generator's rollouts (flow matching)."""
+        config = self.config
+        captions, generator = self._draw(step, _CRITIC)
+        with torch.no_grad():
+            chunks = self._rollout(captions, generator, learn=False)
+        text = self.critic.encode(captions)
+        walk = Walk(self.critic.dit, self.history, text, len(captions), *self._shape[-2:])
+        losses = []
+        for clean in chunks:
+            target = clean.repeat(config.num_critic_copies, 1, 1, 1, 1)
+            sigma = self._score_sigmas(len(target), generator)
+            noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
+            squared = (walk.advance(noisy, sigma, clean) - target).square().mean(dim=(1, 2, 3, 4))
+            losses.append((squared / sigma.clamp_min(config.min_weight_sigma)).mean())
+        return torch.stack(losses).mean(), {}
+
+    def _guided_teacher(self, captions: list[str]) -> GuidedWalk:
+        with torch.no_grad():
+            text = self._teacher.encode(captions + [""] * len(captions))
+        size, guidance = self._shape[-2:], self.config.guidance
+        return GuidedWalk(self._teacher.dit, self.history, text, len(captions), guidance, *size)
+
+    def _draw(self, step: int, who: int) -> tuple[list[str], torch.Generator]:
+        rng = np.random.default_rng((self.config.loop.seed, step, who))
+        rows = rng.integers(len(self._captions), size=self.config.num_clips)
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        return [self._captions[int(row)] for row in rows], generator
+
+    def _rollout(self, captions: list[str], generator: torch.Generator, learn: bool) -> list[Tensor]:
+        """Chunks [b,f,c,h,w] as serving would make them, but ending at one random step for all."""
+        exit_step = int(torch.randint(len(self._sigmas), (1,), generator=generator))
+        text = self.module.encode(captions)
+        walk = Walk(self.module.dit, self.history, text, len(captions), *self._shape[-2:])
+        shape = (len(captions), *self._shape)
+        chunks = []
+        for _ in range(self.config.num_chunks):
+            noisy = torch.randn(shape, generator=generator)
+            for index in range(exit_step + 1):
+                sigma = torch.full((len(captions),), self._sigmas[index])
+                with torch.set_grad_enabled(learn and index == exit_step):
+                    clean = walk.predict(noisy, sigma)
+                if index < exit_step:
+                    following = torch.full_like(sigma, self._sigmas[index + 1])
+                    noisy = at_sigma(clean, torch.randn(shape, generator=generator), following)
+            with torch.no_grad():
+                walk.commit(clean.detach())
+            chunks.append(clean)
+        return chunks
+
+    def _score_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
+        sigmas = shift_sigmas(stratified(count, generator), self.config.score_shift)
+        return sigmas.clamp(self.config.min_score_sigma, self.config.max_score_sigma)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """On rollouts of held-out captions with all steps: how far teacher and critic disagree, relative to
+        the teacher's own distance, at three noise levels; and the spread of the latents.
+        """
+        generator = torch.Generator().manual_seed(0)
+        captions = list(self._held_out[:_NUM_EVALUATION_CLIPS])
+        size = self._shape[-2:]
+        walk = Walk(self.module.dit, self.history, self.module.encode(captions), len(captions), *size)
+        critic = Walk(self.critic.dit, self.history, self.critic.encode(captions), len(captions), *size)
+        teacher = self._guided_teacher(captions)
+        shape = (len(captions), *self._shape)
+        moves: dict[str, list[float]] = {}
+        chunks = []
+        for _ in range(self.config.num_chunks):
+            clean = torch.zeros(shape)
+            for value in self._sigmas:
+                sigma = torch.full((len(captions),), value)
+                clean = walk.predict(at_sigma(clean, torch.randn(shape, generator=generator), sigma), sigma)
+            for value in (0.25, 0.5, 0.75):
+                sigma = torch.full((len(captions),), value)
+                noisy = at_sigma(clean, torch.randn(shape, generator=generator), sigma)
+                real, fake = teacher.predict(noisy, sigma), critic.predict(noisy, sigma)
+                ratio = (real - fake).abs().mean() / (clean - real).abs().mean()
+                moves.setdefault(f"move_{value}", []).append(float(ratio))
+            for each in (walk, critic, teacher):
+                each.commit(clean)
+            chunks.append(clean)
+        return {
+            **{name: float(np.mean(values)) for name, values in moves.items()},
+            "spread": float(torch.cat(chunks).std()),
+        }

@@ -1,0 +1,132 @@
+"""A network's way through a batch of clips, chunk by chunk, through the very history that serving uses.
+
+One forward per chunk sees any number of noisy copies of it and, at t=0, its clean context (the context pass)
+over one view of the history; the context's rows are then committed functionally, so that gradients flow
+through the cache. Positions, window, sink and eviction are therefore those of serving by construction.
+
+Legend: b clips, r = copies * b rows (copy-major: row copy * b + i), f latent frames, c channels, h/w latent
+rows and columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from longtake.diffusion.flow import NUM_TRAIN_STEPS, add_noise
+from longtake.history.base import HistoryConfig
+from longtake.history.pure import PureHistory
+from longtake.models.dit import DiT, TextContext
+
+
+class Walk:
+    """A DiT, the prompts of `b` clips and their history so far.
+
+    Args:
+        dit: the network; whether gradients flow is the caller's choice.
+        history: window, sink, chunk and positions.
+        text: one row per clip.
+        num_clips: b.
+        height: of the latents.
+        width: of the latents.
+    """
+
+    def __init__(
+        self, dit: DiT, history: HistoryConfig, text: TextContext, num_clips: int, height: int, width: int
+    ) -> None:
+        self._dit = dit
+        self._text = text
+        self._num_clips = num_clips
+        self._history = PureHistory(history, dit.cache_spec(), grid=dit.token_grid(height, width))
+
+    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor) -> Tensor:
+        """The clean latents of noisy copies of the next chunk, [r,f,c,h,w]; the history stays as it is."""
+        return self._forward(noisy_rfchw, sigma_r, None)
+
+    def advance(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor) -> Tensor:
+        """As `predict`, and commits `context_bfchw` as the chunk that was."""
+        return self._forward(noisy_rfchw, sigma_r, context_bfchw)
+
+    def commit(self, context_bfchw: Tensor) -> None:
+        """Commits a chunk without predicting anything."""
+        self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw)
+
+    def _forward(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor | None) -> Tensor:
+        num_rows, num_frames = len(noisy_rfchw), noisy_rfchw.shape[1]
+        inputs, times = noisy_rfchw, NUM_TRAIN_STEPS * sigma_r
+        if context_bfchw is not None:
+            inputs = torch.cat([inputs, context_bfchw])
+            times = torch.cat([times, times.new_zeros(self._num_clips)])
+        copies, rest = divmod(len(inputs), self._num_clips)
+        assert rest == 0, "rows must be whole copies of the clips"
+        view = self._history.view(num_frames=num_frames).repeat(copies)
+        flow, entries = self._dit(
+            inputs, times[:, None].expand(-1, num_frames), self._text.repeat(copies), view
+        )
+        if context_bfchw is not None:
+            self._history = self._history.commit(entries.select(slice(num_rows, None)))
+        clean: Tensor = noisy_rfchw - sigma_r.view(-1, 1, 1, 1, 1) * flow[:num_rows].float()
+        return clean
+
+
+class GuidedWalk:
+    """A walk under classifier-free guidance: every clip with its caption and, beside it, without.
+
+    Args:
+        dit: the network.
+        history: window, sink, chunk and positions.
+        text: one row per clip for the captions, then one per clip for what guidance leads away from.
+        num_clips: b.
+        guidance: its scale; 1 is the caption alone.
+        height: of the latents.
+        width: of the latents.
+    """
+
+    def __init__(
+        self,
+        dit: DiT,
+        history: HistoryConfig,
+        text: TextContext,
+        num_clips: int,
+        guidance: float,
+        height: int,
+        width: int,
+    ) -> None:
+        self._guidance = guidance
+        self._num_clips = num_clips
+        self._walk = Walk(dit, history, text, 2 * num_clips, height, width)
+
+    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor) -> Tensor:
+        """The guided clean latents of noisy copies of the next chunk, [r,f,c,h,w]."""
+        return self._guided(self._walk.predict(self._doubled(noisy_rfchw), self._doubled(sigma_r)))
+
+    def advance(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor) -> Tensor:
+        """As `predict`, and commits a chunk on both sides."""
+        context = self._doubled(context_bfchw)
+        return self._guided(self._walk.advance(self._doubled(noisy_rfchw), self._doubled(sigma_r), context))
+
+    def _guided(self, clean: Tensor) -> Tensor:
+        with_text, without = clean.unflatten(0, (-1, 2, self._num_clips)).unbind(1)  # type: ignore[no-untyped-call]
+        guided: Tensor = without + self._guidance * (with_text - without)
+        return guided.flatten(0, 1)
+
+    def commit(self, context_bfchw: Tensor) -> None:
+        """Commits a chunk on both sides."""
+        self._walk.commit(self._doubled(context_bfchw))
+
+    def _doubled(self, rows: Tensor) -> Tensor:
+        """Each copy of the clips twice in a row: with and without caption."""
+        copies = rows.unflatten(0, (-1, self._num_clips))  # type: ignore[no-untyped-call]
+        twice: Tensor = copies[:, None].expand(-1, 2, *copies.shape[1:]).flatten(0, 2)
+        return twice
+
+
+def at_sigma(clean_rfchw: Tensor, noise_rfchw: Tensor, sigma_r: Tensor) -> Tensor:
+    """Clean latents brought to each row's noise level."""
+    return add_noise(clean_rfchw, noise_rfchw, sigma_r.view(-1, 1, 1, 1, 1))
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """`count` values in (0, 1], one from each of `count` equal strata, in random order."""
+    order = torch.randperm(count, generator=generator)
+    return (order + 1 - torch.rand(count, generator=generator)) / count

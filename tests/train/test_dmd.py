@@ -1,0 +1,112 @@
+"""Distribution matching on self-rollouts: who learns from what, rollouts as served, and that it converges."""
+
+import copy
+
+import pytest
+import torch
+
+from longtake.diffusion.flow import Schedule
+from longtake.diffusion.sampler import context_pass, sample_chunk
+from longtake.errors import ConfigError
+from longtake.history.pure import PureHistory
+from longtake.train.dmd import DMDConfig, DMDTask
+from toy_training import CAPTIONS, HISTORY, loop, networks
+
+SCHEDULE = Schedule(steps=(1000, 600, 300), shift=2.0)
+
+
+def task(**settings: object) -> DMDTask:
+    student = networks()
+    config = DMDConfig(loop=loop(4), num_clips=3, num_chunks=3).replace(**settings)
+    shape = (4, 4, 4)
+    return DMDTask(student, copy.deepcopy(student), HISTORY, SCHEDULE, config, CAPTIONS, CAPTIONS[:2], shape)
+
+
+def touched(module: torch.nn.Module) -> dict[str, bool]:
+    return {
+        name: parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        for name, parameter in module.named_parameters()
+    }
+
+
+def test_each_learner_moves_itself_alone() -> None:
+    matched = task()
+    with torch.no_grad():  # a critic that disagrees with the teacher
+        for parameter in matched.critic.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    matched.learners["generator"].loss(0, 0.0)[0].backward()  # type: ignore[no-untyped-call]
+    assert all(touched(matched.module).values())
+    assert not any(touched(matched.critic).values())
+    matched.module.zero_grad()
+    matched.learners["critic"].loss(0, 0.0)[0].backward()  # type: ignore[no-untyped-call]
+    assert all(touched(matched.critic).values())
+    assert not any(touched(matched.module).values())
+    assert not any(touched(matched._teacher).values())
+
+
+def test_nothing_pulls_where_critic_and_teacher_agree() -> None:
+    matched = task(guidance=1.0)
+    loss, figures = matched.generator_loss(0, 0.0)
+    assert figures["move"] < 1e-4  # the critic starts as the teacher
+    assert float(loss.detach()) < 1e-6
+
+
+@torch.no_grad()
+def test_a_rollout_is_what_serving_would_make() -> None:
+    matched = task()
+    steps = SCHEDULE.resolve()
+    seed = next(  # one whose exit is the last step
+        seed
+        for seed in range(100)
+        if int(torch.randint(3, (1,), generator=torch.Generator().manual_seed(seed))) == 2
+    )
+    chunks = matched._rollout(CAPTIONS, torch.Generator().manual_seed(seed), learn=False)
+    generator = torch.Generator().manual_seed(seed)
+    torch.randint(3, (1,), generator=generator)
+    text = matched.module.encode(CAPTIONS)
+    history = PureHistory(HISTORY, matched.module.dit.cache_spec(), grid=matched.module.dit.token_grid(4, 4))
+    for made in chunks:
+        noise = [torch.randn(made.shape, generator=generator) for _ in range(3)]
+        view = history.view()
+        expected = sample_chunk(matched.module.dit, text, view, noise, steps)
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
+        history = history.commit(context_pass(matched.module.dit, text, view, expected))
+
+
+@torch.no_grad()
+def far(matched: DMDTask) -> float:
+    """Mean distance of a rollout's last chunk from the teacher's picture."""
+    chunks = matched._rollout(CAPTIONS, torch.Generator().manual_seed(0), learn=False)
+    teacher = matched._guided_teacher(CAPTIONS)
+    picture = teacher.predict(torch.randn(chunks[0].shape), torch.full((len(CAPTIONS),), 0.5))
+    return float((chunks[-1] - picture).abs().mean())
+
+
+def test_the_generator_finds_what_the_teacher_shows() -> None:
+    """A teacher that sees one picture in all noise: the generator comes to make it."""
+    matched = task(
+        guidance=1.0,
+        muon_learning_rate=1e-3,
+        adamw_learning_rate=1e-3,
+        critic_muon_learning_rate=5e-3,
+        critic_adamw_learning_rate=5e-3,
+        num_clips=6,
+    )
+    head = matched._teacher.dit.head.head
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.normal_(head.bias)
+
+    before = far(matched)
+    for step in range(60):
+        for learner in matched.learners.values():
+            loss, _ = learner.loss(step, step / 60)
+            learner.optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(learner.module.parameters(), 1.0)
+            learner.optimizer.step()
+    assert far(matched) < 0.5 * before
+
+
+def test_a_range_of_noise_must_be_one() -> None:
+    with pytest.raises(ConfigError, match=r"min_score_sigma=0\.9 is not below"):
+        DMDConfig(min_score_sigma=0.9, max_score_sigma=0.5)
