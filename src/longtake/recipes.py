@@ -58,8 +58,8 @@ def tiny() -> Recipe:
             history=HistoryConfig(
                 window_frames=12, sink_frames=3, chunk_frames=3, positions=Relative(f_max=11)
             ),
-            schedule=Schedule(steps=(1000, 750, 500, 250), shift=3.0),
-            guidance=2.0,
+            schedule=Schedule(steps=(1000, 800, 550, 250), shift=3.0),
+            guidance=1.25,  # stage dmd builds most of it into the weights
         ),
         vae=VAETrainingConfig(
             loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99),
@@ -79,16 +79,22 @@ def tiny() -> Recipe:
             final_foreground_weight=3.0,
         ),
         windows=DiTTrainingConfig(
-            loop=LoopConfig(num_steps=1150, decay_from=0.3),
+            loop=LoopConfig(num_steps=3700, decay_from=0.0),
             muon_learning_rate=2e-3,
             adamw_learning_rate=8e-4,
             num_clips=4,
             num_copies=4,
             num_first_clips=12,
+            sigma_shift=3.0,
             foreground_weight=3.0,
-            final_foreground_weight=1.5,
+            final_foreground_weight=2.0,
         ),
-        dmd=DMDConfig(loop=LoopConfig(num_steps=1500, decay_from=0.3, ema_decay=0.98), critic_updates=3),
+        dmd=DMDConfig(
+            loop=LoopConfig(num_steps=240, decay_from=0.3, ema_decay=0.98),
+            critic_updates=4,
+            guidance=2.0,
+            min_score_sigma=0.25,
+        ),
         decoder=VAETrainingConfig(
             loop=LoopConfig(num_steps=2400, decay_from=0.0, ema_decay=0.99),
             muon_learning_rate=1e-3,

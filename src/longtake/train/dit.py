@@ -62,11 +62,15 @@ class TextToLatents(nn.Module):
 
 
 def dit_optimizer(
-    networks: TextToLatents, muon_learning_rate: float, adamw_learning_rate: float, precision: Precision
+    networks: TextToLatents,
+    muon_learning_rate: float,
+    adamw_learning_rate: float,
+    precision: Precision,
+    momentum: float = 0.95,
 ) -> MuonAdamW:
     """Muon on the matrices between embeddings and output layer, AdamW on these."""
     names = ("embedding", "position", "modulation", "head.head")
-    return build_optimizer(networks, muon_learning_rate, adamw_learning_rate, precision, names)
+    return build_optimizer(networks, muon_learning_rate, adamw_learning_rate, precision, names, momentum)
 
 
 class DiTTask:

@@ -47,10 +47,11 @@ class DMDConfig(Config):
     min_weight_sigma: float = Field(
         0.25, gt=0, le=1, description="the critic's errors of clean latents weigh 1/max(sigma, this)"
     )
-    muon_learning_rate: float = Field(3e-4, gt=0)
-    adamw_learning_rate: float = Field(1e-4, gt=0)
-    critic_muon_learning_rate: float = Field(6e-4, gt=0)
-    critic_adamw_learning_rate: float = Field(2e-4, gt=0)
+    momentum: float = Field(0.8, ge=0, lt=1, description="of the generator's optimiser: its target moves")
+    muon_learning_rate: float = Field(1e-4, gt=0)
+    adamw_learning_rate: float = Field(4e-5, gt=0)
+    critic_muon_learning_rate: float = Field(1e-3, gt=0)
+    critic_adamw_learning_rate: float = Field(4e-4, gt=0)
 
     @model_validator(mode="after")
     def _has_room(self) -> DMDConfig:
@@ -100,7 +101,13 @@ class DMDTask:
         self.learners = {
             "generator": Learner(
                 module,
-                dit_optimizer(module, config.muon_learning_rate, config.adamw_learning_rate, precision),
+                dit_optimizer(
+                    module,
+                    config.muon_learning_rate,
+                    config.adamw_learning_rate,
+                    precision,
+                    config.momentum,
+                ),
                 self.generator_loss,
                 every=config.critic_updates,
             ),

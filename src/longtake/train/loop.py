@@ -108,11 +108,23 @@ def build_optimizer(
     adamw_learning_rate: float,
     precision: Precision,
     adamw_names: tuple[str, ...] = (),
+    momentum: float = 0.95,
 ) -> MuonAdamW:
-    """Muon on matrices and convolutions, AdamW on the rest and on names that contain a given part."""
+    """Muon on matrices and convolutions, AdamW on the rest and on names that contain a given part.
+
+    `momentum` is Muon's; AdamW's first average forgets as fast where that is faster than the usual 0.9.
+    """
     muon, adamw = split_parameters(module, adamw_names)
     dtype = autocast_dtype(precision, next(module.parameters()).device) or torch.float32
-    return MuonAdamW(muon, adamw, muon_learning_rate, adamw_learning_rate, iteration_dtype=dtype)
+    return MuonAdamW(
+        muon,
+        adamw,
+        muon_learning_rate,
+        adamw_learning_rate,
+        momentum=momentum,
+        betas=(min(momentum, 0.9), 0.99),
+        iteration_dtype=dtype,
+    )
 
 
 def learning_rate_factor(step: int, config: LoopConfig) -> float:
