@@ -1,7 +1,7 @@
-"""The detectors against a person: 100 frames of a model's output, labelled without sight of their prompts.
+"""The detectors against the eye: 100 frames of a model's output, labelled without sight of their prompts.
 
 `labelled_frames.png` holds them in rows of ten, as the first shipped model made them, rags and doubles
-included. A shape of null is one that the person would not name.
+included. A shape of null is one that the eye would not name.
 """
 
 import json
@@ -34,7 +34,7 @@ def agreement(seen: list[object], labels: list[dict[str, object]], name: str) ->
     return float(np.mean([value == label for value, label in pairs]))
 
 
-def test_colour_and_background_are_what_a_person_sees(
+def test_colour_and_background_are_what_the_eye_sees(
     found: Detections, labels: list[dict[str, object]]
 ) -> None:
     colours: list[object] = [COLOURS[index] for index in found.colour[:, 0]]
