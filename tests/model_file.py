@@ -18,6 +18,21 @@ from longtake.stream.pipeline import StreamConfig
 SIZE = 32
 WORDS = ("a", "red", "blue", "circle", "square", "on", "grey")
 
+VAE = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 8), decoder_widths=(8, 8, 8), num_blocks=1)
+DIT = DiTConfig(
+    width=24,
+    ffn_width=32,
+    num_layers=2,
+    num_heads=2,
+    in_channels=4,
+    out_channels=4,
+    patch_size=(1, 1, 1),
+    text_width=8,
+    text_length=8,
+    frequency_width=16,
+    mask_text=True,
+)
+
 
 def write_model(path: Path, seed: int = 0, **stream: Any) -> Path:
     """Write a model of SIZE x SIZE pixels whose chunks are 3 latent frames (9 pixel frames, then 12)."""
@@ -32,21 +47,9 @@ def write_model(path: Path, seed: int = 0, **stream: Any) -> Path:
         name="random",
         level=1,
         recipe="{}",
-        vae=TinyVAEConfig(latent_channels=4, encoder_widths=(8, 8), decoder_widths=(8, 8, 8), num_blocks=1),
+        vae=VAE,
         text=TinyTextConfig(words=WORDS, width=8, num_layers=1, num_heads=2, max_words=7),
-        dit=DiTConfig(
-            width=24,
-            ffn_width=32,
-            num_layers=2,
-            num_heads=2,
-            in_channels=4,
-            out_channels=4,
-            patch_size=(1, 1, 1),
-            text_width=8,
-            text_length=8,
-            frequency_width=16,
-            mask_text=True,
-        ),
+        dit=DIT,
         stream=StreamConfig(**{**settings, **stream}),
     )
     networks = build(card)

@@ -2,32 +2,25 @@
 
 import torch
 
+import model_file
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
-from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.train.dit import TextToLatents
 from longtake.train.loop import LoopConfig
 from longtake.world import WORDS
 
-VAE = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 8), decoder_widths=(8, 8, 8), num_blocks=1)
 TEXT = TinyTextConfig(words=WORDS, width=16, num_layers=1, num_heads=2)
-DIT = DiTConfig(
-    width=24,
-    ffn_width=32,
-    num_layers=2,
-    num_heads=2,
-    in_channels=4,
-    out_channels=4,
+DIT = model_file.DIT.replace(
+    patch_size=(1, 2, 2),
     text_width=16,
     text_length=TEXT.text_length,
-    frequency_width=16,
-    mask_text=True,
     cross_attention_layers=(0,),
     pooled_text=True,
     prediction="clean",
 )
+VAE = model_file.VAE
 HISTORY = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=4))
 
 
