@@ -99,7 +99,6 @@ def test_long_clips_must_not_freeze_fade_or_drift() -> None:
     assert bars["loss of present"].met
     same = {"model": measured("none"), "vae": measured("none")}
     assert all(bar.met for bar in summarize(CONFIG, "model", same, {"model": {}, "vae": {}}).bars)
-    assert bars["present"].required == pytest.approx(0.90)  # .05 below that of clips of one window
     fading = [
         record.replace(scores={**record.scores, "present": 0.8}) if record.kind == "scene" else record
         for record in measured("none")

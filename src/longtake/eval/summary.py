@@ -16,10 +16,9 @@ from longtake.world import VERSION
 AUTOENCODER: Final = "vae"
 """Name of the source whose colour errors bound the subject's."""
 BARS: Final[Mapping[str, float]] = {"present": 0.95, "colour": 0.90, "shape": 0.90, "background": 0.90}
-"""What a level must reach in clips of one window before the next one is climbed."""
+"""What a level must reach before the next one is climbed."""
 MAX_LOSS: Final = 0.05
-"""How far the mean of long clips may fall below these bars and below their own first window, and how often
-they may freeze."""
+"""How far the mean of a long clip may fall below its first window, and how often it may freeze."""
 MAX_ERROR_RATIO: Final = 2.0
 """Colours of the last window may be this many times as far off as the autoencoder's own."""
 
@@ -141,12 +140,8 @@ def summarize(
 def _bars(subject: str, sources: Mapping[str, SourceSummary]) -> tuple[Bar, ...]:
     """Every clip's bars, and those of clips of several windows: no loss, no freezing, no drift of colours."""
     ours = sources[subject]
-    long = len(ours.windows) > 1
-    allowance = MAX_LOSS if long else 0.0
-    bars = [
-        Bar.of(metric, ours.metrics[metric].value, required - allowance) for metric, required in BARS.items()
-    ]
-    if not long:
+    bars = [Bar.of(metric, ours.metrics[metric].value, required) for metric, required in BARS.items()]
+    if len(ours.windows) < 2:
         return tuple(bars)
     for metric in BARS:
         first, whole = ours.windows[0][metric].value, ours.metrics[metric].value
