@@ -1,8 +1,10 @@
 """Stages end to end at toy size: exact resume, caches tied to their encoder, files that load."""
 
 import copy
+import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,11 +20,12 @@ from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.latents import (
     Clips,
+    FreshClips,
     LatentCacheConfig,
     build_cache,
     encode_shard,
+    excerpt,
     load_cache,
-    scene_and_start,
 )
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.run import Recipe, train
@@ -32,7 +35,9 @@ from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks
 
 
 def recipe() -> Recipe:
-    cache = LatentCacheConfig(num_clips=5, clips_per_shard=3, num_latent_frames=4, height=16, width=16)
+    cache = LatentCacheConfig(
+        num_clips=5, clips_per_shard=3, num_latent_frames=4, chunk_frames=2, height=16, width=16
+    )
     return Recipe(
         name="toy",
         vae_model=VAE,
@@ -64,7 +69,8 @@ def dit_task(seed: int = 0) -> DiTTask:
     torch.manual_seed(seed)
     module = TextToLatents(TinyTextEncoder(TEXT), DiT(DIT))
     latents = torch.randn(6, 6, 4, 4, 4).half()
-    clips = Clips(latents, torch.rand(6, 6, 4, 4).half(), ("a red circle",) * 3 + ("a blue square",) * 3)
+    prompts = (((0, "a red circle"),),) * 3 + (((0, "a blue square"),),) * 3
+    clips = Clips(latents, torch.rand(6, 6, 4, 4).half(), prompts, (True,) * 6, (1,) * 6)
     config = DiTTrainingConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3)
     return DiTTask(module, HISTORY, config, clips, clips, clips)
 
@@ -119,25 +125,79 @@ def test_every_parameter_of_the_dit_is_trained() -> None:
 def test_gradients_flow_through_the_committed_history() -> None:
     """The loss of the last chunk alone must move the weights that wrote the first chunk's entries."""
     task = dit_task()
-    latents = task.clips.latents_bfchw.float().requires_grad_() if task.clips is not None else None
-    assert latents is not None
-    clips = Clips(latents, task.held_out.foreground_bfhw, task.held_out.captions)
+    clips = task.held_out.select([0, 3])
+    latents = clips.latents_bfchw.float().requires_grad_()
     torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
-    parts = task._walk(clips, torch.arange(2), 3, 1.0, torch.Generator().manual_seed(0))
+    clips = dataclasses.replace(clips, latents_bfchw=latents)
+    parts = task._walk(clips, 3, 1.0, torch.Generator().manual_seed(0))
     (gradient,) = torch.autograd.grad(parts[-1][0], latents)
-    assert gradient[:2, 0].abs().sum() > 0  # the sink frame, read three chunks later
-    assert gradient[2:].abs().sum() == 0  # clips that were not drawn
+    assert (gradient[:, 0].flatten(1).abs().sum(1) > 0).all()  # the sink frame, read three chunks later
 
 
 def test_clips_are_encoded_where_their_objects_are() -> None:
     config = LatentCacheConfig(num_clips=2, clips_per_shard=2, num_latent_frames=3)
     clips = encode_shard(TinyVAE(VAE).eval(), config, 0)
     assert clips.latents_bfchw.shape == (2, 3, 4, 8, 8)
-    scene, start = scene_and_start(config, 1)
+    shown = excerpt(config, 1, 1, 4)
+    scene, start = shown.scene, shown.start
     assert clips.captions[1] == scene.caption
     mask = torch.from_numpy(render_masks(scene, start + 1, start + 5).sum(1))  # frames of latent frame 1
     cells = mask.unfold(1, 8, 8).unfold(2, 8, 8).amax(dim=(0, 3, 4))
     torch.testing.assert_close(clips.foreground_bfhw[1, 1].float(), cells, atol=1e-3, rtol=0)
+
+
+def test_prompts_switch_where_chunks_begin_and_where_the_scene_does() -> None:
+    config = LatentCacheConfig(num_latent_frames=21, chunk_frames=3)
+    shown = [excerpt(config, seed, 3, 4) for seed in range(60)]
+    switches = [item for item in shown if len(item.prompts) > 1]
+    assert len(switches) > 15
+    for item in switches:
+        (_, before), (latent, after) = item.prompts
+        assert latent % 3 == 0
+        frame = item.start + 1 + 4 * (latent - 1)
+        (_, first), (at, second), *later = item.scene.captions
+        assert (at, first, second) == (frame, before, after)
+        assert all(start >= item.start + 81 for start, _ in later)
+    pans = [item for item in shown if item.scene.segments[0].camera.panning]
+    assert {item.start == 0 for item in pans} == {True, False}
+    assert all(item.opens == (item.start == 0) for item in pans)
+    short = config.replace(num_latent_frames=3)
+    assert all(excerpt(short, seed, 3, 4).opens for seed in range(20))
+
+
+def test_fresh_clips_follow_from_the_generator() -> None:
+    config = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(2, 3), height=16, width=16)
+    source = FreshClips(TinyVAE(VAE).eval(), config)
+    one, same = (source.draw(np.random.default_rng(5), 3) for _ in range(2))
+    assert torch.equal(one.latents_bfchw, same.latents_bfchw)
+    assert one.prompts == same.prompts
+    assert set(one.levels) <= {2, 3}
+    rng = np.random.default_rng(5)
+    first, second = source.draw(rng, 3), source.draw(rng, 3)
+    assert not torch.equal(first.latents_bfchw, second.latents_bfchw)
+
+
+def test_a_chunk_that_no_prompt_tells_is_not_trained() -> None:
+    task = dit_task()
+    torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
+    for opens in (True, False):
+        clips = dataclasses.replace(task.held_out.select([0, 3]), opens=(opens, opens))
+        parts = task._walk(clips, 2, 1.0, torch.Generator().manual_seed(0))
+        assert (float(parts[0][0].detach()) > 0) == opens
+        assert float(parts[1][0].detach()) > 0
+
+
+def test_a_switched_prompt_changes_the_chunks_from_there_on() -> None:
+    task = dit_task()
+    torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
+    clips = task.held_out.select([0, 1])
+    switched = tuple((*prompts, (4, "a blue square")) for prompts in clips.prompts)
+    losses = []
+    for item in (clips, dataclasses.replace(clips, prompts=switched)):
+        parts = task._walk(item, 3, 1.0, torch.Generator().manual_seed(0))
+        losses.append([float(part.detach()) for part, _ in parts])
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2] != losses[1][2]
 
 
 def test_a_cache_belongs_to_its_encoder(tmp_path: Path) -> None:

@@ -5,6 +5,8 @@ Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from pydantic import Field
@@ -15,7 +17,7 @@ from longtake.diffusion.flow import shift_sigmas
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.train.latents import Clips
+from longtake.train.latents import Clips, ClipSource, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import MuonAdamW
 from longtake.train.walk import Walk, at_sigma, stratified
@@ -29,6 +31,9 @@ class DiTTrainingConfig(Config):
     loop: LoopConfig = LoopConfig()
     num_clips: int = Field(16, ge=0, description="clips per step that are walked through all chunks")
     num_chunks: int = Field(7, ge=1, description="chunks of a clip")
+    fresh_clips: bool = Field(
+        False, description="render and encode whole clips anew for every step instead of reading the cache"
+    )
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
     num_first_clips: int = Field(
         0, ge=0, description="clips per step of which only the first chunk is trained"
@@ -74,15 +79,24 @@ def dit_optimizer(
 
 
 class DiTTask:
-    """The stage's module, optimiser, loss and evaluation (see `train.loop.Task`)."""
+    """The stage's module, optimiser, loss and evaluation (see `train.loop.Task`).
+
+    Args:
+        module: what is trained.
+        history: window, sink, chunk and positions.
+        config: the stage.
+        first_clips: source of clips of which only the first chunk is trained.
+        clips: source of whole clips; None where the stage has none.
+        held_out: for evaluation.
+    """
 
     def __init__(
         self,
         module: TextToLatents,
         history: HistoryConfig,
         config: DiTTrainingConfig,
-        first_clips: Clips,
-        clips: Clips | None,
+        first_clips: ClipSource,
+        clips: ClipSource | None,
         held_out: Clips,
     ) -> None:
         self.module = module
@@ -105,45 +119,48 @@ class DiTTask:
             config.final_foreground_weight - config.foreground_weight
         )
         parts: list[tuple[Tensor, Tensor]] = []
-        for clips, count, num_chunks in (
+        for source, count, num_chunks in (
             (self.first_clips, config.num_first_clips, 1),
             (self.clips, config.num_clips, config.num_chunks),
         ):
-            if clips is not None and count > 0:
-                rows = torch.from_numpy(rng.integers(len(clips), size=count))
-                parts += self._walk(clips, rows, num_chunks, weight, generator)
+            if source is not None and count > 0:
+                parts += self._walk(source.draw(rng, count), num_chunks, weight, generator)
         loss = torch.stack([part for part, _ in parts]).mean()
         foreground = torch.stack([error for _, error in parts])
         return loss, {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
 
     def _walk(
-        self,
-        clips: Clips,
-        rows: Tensor,
-        num_chunks: int,
-        foreground_weight: float,
-        generator: torch.Generator,
+        self, clips: Clips, num_chunks: int, foreground_weight: float, generator: torch.Generator
     ) -> list[tuple[Tensor, Tensor]]:
-        """(loss, foreground error) of every chunk of the chosen clips."""
+        """(loss, foreground error) of every chunk of the clips."""
         config, frames, num_copies = self.config, self.history.chunk_frames, self.config.num_copies
-        dropped = torch.rand(len(rows), generator=generator) < config.text_dropout
-        captions = ["" if drop else clips.captions[int(row)] for row, drop in zip(rows, dropped, strict=True)]
+        num_clips = len(clips)
+        dropped = (torch.rand(num_clips, generator=generator) < config.text_dropout).tolist()
+        prompts = [
+            ((0, ""),) if drop else of_clip for of_clip, drop in zip(clips.prompts, dropped, strict=True)
+        ]
+        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        captions = _in_force(prompts, 0)
         text = self.module.encode(captions)
-        latents = clips.latents_bfchw[rows, : num_chunks * frames].float()
-        foreground = clips.foreground_bfhw[rows, : num_chunks * frames].float()
-        walk = Walk(self.module.dit, self.history, text, len(rows), *latents.shape[-2:])
+        walk = Walk(self.module.dit, self.history, text, num_clips, *latents.shape[-2:])
+        told = torch.tensor(clips.opens, dtype=torch.float32)
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
+            if _in_force(prompts, span.start) != captions:
+                captions = _in_force(prompts, span.start)
+                walk.set_text(self.module.encode(captions))
             clean = latents[:, span]
-            sigma = shift_sigmas(stratified(num_copies * len(rows), generator), config.sigma_shift)
+            sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)
             target = clean.repeat(num_copies, 1, 1, 1, 1)
             noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
-            amount = config.context_noise * torch.rand(len(rows), 1, 1, 1, 1, generator=generator)
+            amount = config.context_noise * torch.rand(num_clips, 1, 1, 1, 1, generator=generator)
             context = clean + amount * torch.randn(clean.shape, generator=generator)
             last = chunk == num_chunks - 1
             predicted = walk.predict(noisy, sigma) if last else walk.advance(noisy, sigma, context)
-            results.append(self._errors(predicted, target, sigma, foreground[:, span], foreground_weight))
+            counted = (told if chunk == 0 else torch.ones_like(told)).repeat(num_copies)
+            errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
+            results.append(errors)
         return results
 
     def _errors(
@@ -153,40 +170,61 @@ class DiTTask:
         sigma: Tensor,
         foreground_bfhw: Tensor,
         foreground_weight: float,
+        counted_r: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        """Mean loss and foreground error of the rows that count."""
         squared = (predicted - target).square().mean(dim=2)
         mask = foreground_bfhw.repeat(self.config.num_copies, 1, 1, 1)
         weight = 1 + (foreground_weight - 1) * mask
         by_row = (squared * weight).mean(dim=(1, 2, 3)) / sigma.clamp_min(self.config.min_weight_sigma)
         with torch.no_grad():
+            mask = mask * counted_r.view(-1, 1, 1, 1)
             foreground = (squared * mask).sum() / mask.sum().clamp_min(1)
-        return by_row.mean(), foreground
+        return (by_row * counted_r).sum() / counted_r.sum().clamp_min(1), foreground
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Error of the clean latents on held-out clips: foreground of the first and of the last chunk by
-        sigma.
+        """Error of the clean latents on held-out clips, of the first and of the last chunk by sigma: over all
+        clips, of the foreground and of the background, and of the foreground by world level.
         """
         frames, clips = self.history.chunk_frames, self.held_out
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
         num_chunks = min(self.config.num_chunks, latents.shape[1] // frames)
-        text = self.module.encode(list(clips.captions))
+        captions = _in_force(clips.prompts, 0)
+        text = self.module.encode(captions)
         walk = Walk(self.module.dit, self.history, text, len(clips), *latents.shape[-2:])
         generator = torch.Generator().manual_seed(0)
+        level_b = torch.tensor(clips.levels).view(-1, 1, 1, 1)
+        told_b = torch.tensor(clips.opens).view(-1, 1, 1, 1)
         figures: dict[str, float] = {}
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
+            if _in_force(clips.prompts, span.start) != captions:
+                captions = _in_force(clips.prompts, span.start)
+                walk.set_text(self.module.encode(captions))
             clean, mask = latents[:, span], foreground[:, span]
             if chunk in (0, num_chunks - 1):
+                name = "first" if chunk == 0 else "last"
+                counted = told_b if chunk == 0 else torch.ones_like(told_b)
                 for time in _EVALUATION_TIMES:
                     sigma = torch.full((len(clips),), time)
                     noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
                     squared = (walk.predict(noisy, sigma) - clean).square().mean(dim=2)
-                    name = "first" if chunk == 0 else "last"
-                    figures[f"foreground_{name}_{time}"] = float((squared * mask).sum() / mask.sum())
-                    figures[f"background_{name}_{time}"] = float(
-                        (squared * (1 - mask)).sum() / (1 - mask).sum()
-                    )
+                    key = f"{name}_{time}"
+                    figures[f"foreground_{key}"] = _weighted(squared, mask * counted)
+                    figures[f"background_{key}"] = _weighted(squared, (1 - mask) * counted)
+                    for level in sorted(set(clips.levels)):
+                        of_level = mask * counted * (level_b == level)
+                        figures[f"level_{level}_{key}"] = _weighted(squared, of_level)
             if chunk < num_chunks - 1:
                 walk.commit(clean)
         return figures
+
+
+def _in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
+    """The prompt of each clip at a latent frame."""
+    return [next(text for start, text in reversed(of_clip) if start <= frame) for of_clip in prompts]
+
+
+def _weighted(squared: Tensor, weight: Tensor) -> float:
+    return float((squared * weight).sum() / weight.sum().clamp_min(1e-6))

@@ -1,4 +1,5 @@
-"""Clips of the world, encoded once: latents, captions and where the foreground is, in shards on disk.
+"""Clips of the world as latents, with their prompts and where the foreground is: cached in shards on disk, or
+rendered and encoded anew for every step.
 
 Legend: b clips, f latent frames, t pixel frames, h/w latent rows and columns, c channels.
 """
@@ -10,6 +11,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,17 +29,22 @@ from longtake.world import VERSION, Scene, render, render_masks, sample_scene
 from longtake.world.captions import Split
 
 _CLIPS_PER_BATCH = 8
+_NUM_FRESH_SEEDS = 1 << 30
+
+Prompts = tuple[tuple[int, str], ...]
+"""Of a clip: (latent frame from which it is in force, text), the first at 0."""
 
 
 class LatentCacheConfig(Config):
-    """Which clips a cache holds. Clip i shows scene `first_seed + i`, from a random start frame."""
+    """Which clips a cache holds, or fresh clips are like. Clip i shows scene `first_seed + i`."""
 
     first_seed: int = Field(0, ge=0)
     num_clips: int = Field(4096, ge=1)
     clips_per_shard: int = Field(512, ge=1)
     num_latent_frames: int = Field(21, ge=1)
+    chunk_frames: int = Field(3, ge=1, description="latent frames; prompts switch where a chunk begins")
     max_start_frame: int = Field(400, ge=1)
-    level: int = 1
+    levels: tuple[int, ...] = Field((1,), min_length=1, description="clip i is of the (i modulo n)-th level")
     split: Split = "train"
     height: int = Field(64, ge=8)
     width: int = Field(64, ge=8)
@@ -49,46 +56,168 @@ class LatentCacheConfig(Config):
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """What a clip shows.
+
+    Attributes:
+        scene: that it is taken from.
+        start: its first pixel frame in the scene.
+        prompts: with a switch, if there is one, where a chunk begins.
+        opens: whether the first chunk follows from the prompt; in the middle of a pan it does not, since
+            no prompt says where the camera is.
+    """
+
+    scene: Scene
+    start: int
+    prompts: Prompts
+    opens: bool
+
+
+@dataclass(frozen=True)
 class Clips:
-    """Encoded clips: `latents_bfchw` (normalised, half precision), `foreground_bfhw` in 0..1, one caption
-    each.
+    """Encoded clips: `latents_bfchw` (normalised, half precision), `foreground_bfhw` in 0..1, prompts,
+    whether the first chunk follows from the prompt, and world levels.
     """
 
     latents_bfchw: Tensor
     foreground_bfhw: Tensor
-    captions: tuple[str, ...]
+    prompts: tuple[Prompts, ...]
+    opens: tuple[bool, ...]
+    levels: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.captions)
+        return len(self.prompts)
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """The prompt of each clip's beginning."""
+        return tuple(prompts[0][1] for prompts in self.prompts)
+
+    def select(self, rows: Sequence[int]) -> Clips:
+        """These clips, in this order."""
+        index = torch.tensor(rows, dtype=torch.long)
+        return Clips(
+            self.latents_bfchw[index],
+            self.foreground_bfhw[index],
+            tuple(self.prompts[row] for row in rows),
+            tuple(self.opens[row] for row in rows),
+            tuple(self.levels[row] for row in rows),
+        )
+
+    def draw(self, rng: np.random.Generator, count: int) -> Clips:
+        """`count` clips at random, perhaps one of them twice."""
+        return self.select(rng.integers(len(self), size=count).tolist())
 
 
-def scene_and_start(config: LatentCacheConfig, index: int) -> tuple[Scene, int]:
-    """Scene and start frame of clip `index`."""
-    seed = config.first_seed + index
-    start = int(np.random.default_rng((seed, 1)).integers(config.max_start_frame))
-    return sample_scene(seed, config.level, config.split), start
+class ClipSource(Protocol):
+    """Where a stage takes its clips from."""
+
+    def draw(self, rng: np.random.Generator, count: int) -> Clips:
+        """`count` clips that follow from the generator's state alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class FreshClips:
+    """Clips that no step has seen before, rendered and encoded when they are asked for.
+
+    Encoding costs about a tenth of a training step; a model that goes over some thousand cached clips a few
+    times learns them by heart instead (docs/experiments.md).
+    """
+
+    vae: TinyVAE
+    config: LatentCacheConfig
+
+    def draw(self, rng: np.random.Generator, count: int) -> Clips:
+        """`count` clips of scenes from `first_seed` on, their levels at random."""
+        seeds = self.config.first_seed + rng.integers(_NUM_FRESH_SEEDS, size=count)
+        levels = rng.integers(len(self.config.levels), size=count)
+        stride = self.vae.config.temporal_stride
+        excerpts = [
+            excerpt(self.config, int(seed), self.config.levels[level], stride)
+            for seed, level in zip(seeds, levels, strict=True)
+        ]
+        return encode_clips(self.vae, excerpts, self.config)
+
+
+def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Excerpt:
+    """The part of a scene that a clip shows.
+
+    Args:
+        config: the clips' length, chunks and split.
+        seed: of the scene and of the part.
+        level: of the scene.
+        stride: pixel frames per latent frame.
+    """
+    scene = sample_scene(seed, level, config.split)
+    rng = np.random.default_rng((seed, 1))
+    first, *later = scene.segments
+    if later:
+        return _at_switch(config, scene, stride, rng)
+    whole: Prompts = ((0, first.caption),)
+    if not first.camera.panning:
+        return Excerpt(scene, int(rng.integers(config.max_start_frame)), whole, True)
+    if config.num_latent_frames <= config.chunk_frames or rng.random() < 0.5:
+        return Excerpt(scene, 0, whole, True)
+    period = round(2 * first.camera.travel / first.camera.speed)
+    return Excerpt(scene, 1 + int(rng.integers(period)), whole, False)
+
+
+def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.random.Generator) -> Excerpt:
+    """A part in which the prompt switches where a chunk begins, or, if there is no room, no part with a
+    switch.
+    """
+    num_frames = 1 + (config.num_latent_frames - 1) * stride
+    first, switched = scene.segments[:2]
+    end = scene.segments[2].start if len(scene.segments) > 2 else None
+    starts = []
+    for latent in range(config.chunk_frames, config.num_latent_frames, config.chunk_frames):
+        start = switched.start - (1 + (latent - 1) * stride)
+        if start >= 0 and (end is None or start + num_frames <= end):
+            starts.append((start, latent))
+    if not starts:
+        start = int(rng.integers(max(1, switched.start - num_frames + 1)))
+        return Excerpt(scene, start, ((0, first.caption),), True)
+    start, latent = starts[int(rng.integers(len(starts)))]
+    return Excerpt(scene, start, ((0, first.caption), (latent, switched.caption)), True)
 
 
 @torch.no_grad()
-def encode_shard(vae: TinyVAE, config: LatentCacheConfig, shard: int) -> Clips:
-    """Render and encode the clips of one shard."""
-    first = shard * config.clips_per_shard
-    last = min(config.num_clips, first + config.clips_per_shard)
+def encode_clips(vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
+    """Render and encode clips of `config.num_latent_frames` latent frames."""
     stride = vae.config.temporal_stride
     num_frames = 1 + (config.num_latent_frames - 1) * stride
-    latents, foregrounds, captions = [], [], []
-    for begin in range(first, last, _CLIPS_PER_BATCH):
-        scenes = [scene_and_start(config, i) for i in range(begin, min(last, begin + _CLIPS_PER_BATCH))]
-        frames = np.stack([render(s, at, at + num_frames, config.height, config.width) for s, at in scenes])
-        masks = [render_masks(s, at, at + num_frames, config.height, config.width).sum(1) for s, at in scenes]
-        state = vae.init_encode_state(len(scenes), config.height, config.width)
+    size = (config.height, config.width)
+    latents, foregrounds = [], []
+    for begin in range(0, len(excerpts), _CLIPS_PER_BATCH):
+        batch = [(item.scene, item.start) for item in excerpts[begin : begin + _CLIPS_PER_BATCH]]
+        frames = np.stack([render(scene, at, at + num_frames, *size) for scene, at in batch])
+        masks = [render_masks(scene, at, at + num_frames, *size).sum(1) for scene, at in batch]
+        state = vae.init_encode_state(len(batch), *size)
         dtype = autocast_dtype("auto", vae.latent_mean.device)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             encoded, _ = vae.encode_chunk(torch.from_numpy(frames).float().div(127.5).sub(1), state)
         latents.append(encoded.half())
         foregrounds.append(_pool(torch.from_numpy(np.stack(masks)), stride, vae.config.spatial_stride))
-        captions += [scene.caption for scene, _ in scenes]
-    return Clips(torch.cat(latents), torch.cat(foregrounds), tuple(captions))
+    return Clips(
+        torch.cat(latents),
+        torch.cat(foregrounds),
+        tuple(item.prompts for item in excerpts),
+        tuple(item.opens for item in excerpts),
+        tuple(item.scene.level for item in excerpts),
+    )
+
+
+def encode_shard(vae: TinyVAE, config: LatentCacheConfig, shard: int) -> Clips:
+    """Render and encode the clips of one shard of a cache."""
+    first = shard * config.clips_per_shard
+    last = min(config.num_clips, first + config.clips_per_shard)
+    stride = vae.config.temporal_stride
+    excerpts = [
+        excerpt(config, config.first_seed + index, config.levels[index % len(config.levels)], stride)
+        for index in range(first, last)
+    ]
+    return encode_clips(vae, excerpts, config)
 
 
 def _pool(masks_bthw: Tensor, stride: int, cell: int) -> Tensor:
@@ -114,7 +243,8 @@ def build_cache(vae: TinyVAE, config: LatentCacheConfig, folder: Path, weights_h
         clips = encode_shard(vae, config, shard)
         aside = path.with_suffix(".part")
         tensors = {"latents": clips.latents_bfchw, "foreground": clips.foreground_bfhw}
-        save_file(tensors, aside, metadata={"captions": json.dumps(clips.captions)})
+        about = {"prompts": clips.prompts, "opens": clips.opens, "levels": clips.levels}
+        save_file(tensors, aside, metadata={key: json.dumps(value) for key, value in about.items()})
         os.replace(aside, path)
 
 
@@ -152,17 +282,35 @@ def load_cache(
         raise TrainingError(
             f"{folder} holds no complete latent cache", "run the stage that caches latents first"
         )
-    latents, foregrounds, captions = [], [], []
-    for path in paths:
-        with safe_open(path, framework="pt") as file:
-            stored = file.get_slice("latents")
-            available = stored.get_shape()[1]
-            if num_latent_frames is not None and num_latent_frames > available:
-                raise TrainingError(
-                    f"num_latent_frames={num_latent_frames}, but clips in {folder} have {available}",
-                    "cache longer clips or train on shorter ones",
-                )
-            latents.append(stored[:, :num_latent_frames])
-            foregrounds.append(file.get_slice("foreground")[:, :num_latent_frames])
-            captions += json.loads(file.metadata()["captions"])
-    return Clips(torch.cat(latents), torch.cat(foregrounds), tuple(captions))
+    parts = [_read_shard(path, num_latent_frames) for path in paths]
+    return Clips(
+        torch.cat([part.latents_bfchw for part in parts]),
+        torch.cat([part.foreground_bfhw for part in parts]),
+        tuple(prompts for part in parts for prompts in part.prompts),
+        tuple(opens for part in parts for opens in part.opens),
+        tuple(level for part in parts for level in part.levels),
+    )
+
+
+def _read_shard(path: Path, num_latent_frames: int | None) -> Clips:
+    with safe_open(path, framework="pt") as file:
+        stored, about = file.get_slice("latents"), file.metadata() or {}
+        available = stored.get_shape()[1]
+        if num_latent_frames is not None and num_latent_frames > available:
+            raise TrainingError(
+                f"num_latent_frames={num_latent_frames}, but clips in {path.parent} have {available}",
+                "cache longer clips or train on shorter ones",
+            )
+        if "prompts" not in about:
+            raise TrainingError(
+                f"{path} was cached by an older version", "remove its directory and cache again"
+            )
+        latents = stored[:, :num_latent_frames]
+        foreground = file.get_slice("foreground")[:, :num_latent_frames]
+    kept = latents.shape[1]
+    prompts = tuple(
+        tuple((int(frame), str(text)) for frame, text in clip if frame < kept)
+        for clip in json.loads(about["prompts"])
+    )
+    opens, levels = json.loads(about["opens"]), json.loads(about["levels"])
+    return Clips(latents, foreground, prompts, tuple(map(bool, opens)), tuple(map(int, levels)))

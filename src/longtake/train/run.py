@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from longtake.config import Config
-from longtake.errors import TrainingError
+from longtake.errors import ConfigError, TrainingError
 from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
 from longtake.models.dit import DiT, DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
@@ -21,7 +21,7 @@ from longtake.stream.bundle import ModelCard, load_networks, resolve_model, save
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
-from longtake.train.latents import Clips, LatentCacheConfig, build_cache, load_cache
+from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheConfig, build_cache, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
 
@@ -42,7 +42,7 @@ class Recipe(Config):
     """
 
     name: str = Field(min_length=1)
-    level: int = Field(1, ge=1)
+    level: int = Field(1, ge=1, description="highest world level it is trained for")
     seed: int = 0
     warm_start: str | None = None
     stages: tuple[Stage, ...] = STAGES
@@ -58,6 +58,18 @@ class Recipe(Config):
     windows: DiTTrainingConfig
     dmd: DMDConfig
     decoder: VAETrainingConfig
+
+    @model_validator(mode="after")
+    def _same_chunks(self) -> Recipe:
+        chunk_frames = self.stream.history.chunk_frames
+        for name in ("first_latents", "latents", "held_out"):
+            of_cache = getattr(self, name).chunk_frames
+            if of_cache != chunk_frames:
+                raise ConfigError(
+                    f"{name}.chunk_frames={of_cache}, but the stream's chunks have {chunk_frames} frames",
+                    f"set {name}.chunk_frames={chunk_frames}",
+                )
+        return self
 
     @property
     def card(self) -> ModelCard:
@@ -130,8 +142,7 @@ class _Networks:
         for stage in ("first", "windows"):
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
-        for stage in "dmd":
-            self._restore(stage, self.text_to_latents)
+        self._restore("dmd", self.text_to_latents)
 
     def keep(self, stage: Stage, module: nn.Module) -> None:
         """Leave a finished stage's weights for the next one."""
@@ -191,7 +202,7 @@ def _train_dit(
     seconds: float | None,
 ) -> dict[str, float]:
     history = recipe.stream.history
-    clips = _load_clips(out, config, history.chunk_frames)
+    clips = _load_clips(recipe, networks, out, config)
     task = DiTTask(networks.text_to_latents, history, config, *clips)
     figures = run(task, config.loop, out / stage, seconds)
     if STOPPED_EARLY not in figures:
@@ -201,8 +212,7 @@ def _train_dit(
 
 def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     stream, config = recipe.stream, recipe.dmd
-    first, clips, held_out = _load_clips(out, recipe.windows, stream.history.chunk_frames)
-    captions = first.captions if clips is None else first.captions + clips.captions
+    first, _, held_out = _load_clips(recipe, networks, out, recipe.windows)
     channels, height, width = held_out.latents_bfchw.shape[2:]
     task = DMDTask(
         networks.text_to_latents,
@@ -210,7 +220,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
         stream.history,
         stream.schedule,
         config,
-        captions,
+        first.captions,
         held_out.captions,
         (channels, height, width),
     )
@@ -220,12 +230,21 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
     return figures
 
 
-def _load_clips(out: Path, config: DiTTrainingConfig, chunk_frames: int) -> tuple[Clips, Clips | None, Clips]:
+def _load_clips(
+    recipe: Recipe, networks: _Networks, out: Path, config: DiTTrainingConfig
+) -> tuple[Clips, ClipSource | None, Clips]:
     """Cached first chunks, whole clips where the stage reads any, and held-out clips."""
+    chunk_frames = recipe.stream.history.chunk_frames
     num_frames = config.num_chunks * chunk_frames
+    clips: ClipSource | None = None
+    if config.num_clips > 0 and config.fresh_clips:
+        fresh = recipe.latents.replace(num_latent_frames=num_frames)
+        clips = FreshClips(networks.require_vae(), fresh)
+    elif config.num_clips > 0:
+        clips = load_cache(out / "latents", num_frames)
     return (
         load_cache(out / "first_latents", chunk_frames),
-        load_cache(out / "latents", num_frames) if config.num_clips > 0 else None,
+        clips,
         load_cache(out / "held_out", num_frames),
     )
 

@@ -47,6 +47,10 @@ class Walk:
         """As `predict`, and commits `context_bfchw` as the chunk that was."""
         return self._forward(noisy_rfchw, sigma_r, context_bfchw)
 
+    def set_text(self, text: TextContext) -> None:
+        """Other prompts from the next chunk on, one row per clip; what the history holds stays as it is."""
+        self._text = text
+
     def commit(self, context_bfchw: Tensor) -> None:
         """Commits a chunk without predicting anything."""
         self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw)
