@@ -17,6 +17,7 @@ from longtake.train.dmd import DMDConfig
 from longtake.train.latents import LatentCacheConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.run import Recipe
+from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig
 from longtake.world import FPS, WORDS
 
@@ -89,6 +90,7 @@ def tiny() -> Recipe:
             foreground_weight=3.0,
             final_foreground_weight=2.0,
         ),
+        trajectory=TrajectoryConfig(loop=LoopConfig(num_steps=200, decay_from=0.0, ema_decay=0.98)),
         dmd=DMDConfig(
             loop=LoopConfig(num_steps=240, decay_from=0.3, ema_decay=0.98),
             critic_updates=4,

@@ -29,6 +29,7 @@ from longtake.train.latents import (
 )
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.run import Recipe, train
+from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks
 from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks
@@ -52,6 +53,9 @@ def recipe() -> Recipe:
         held_out=cache.replace(first_seed=200),
         first=DiTTrainingConfig(loop=loop(2), num_clips=0, num_first_clips=3, num_chunks=1),
         windows=DiTTrainingConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
+        trajectory=TrajectoryConfig(
+            loop=loop(2), num_clips=1, num_first_clips=2, num_chunks=2, steps_per_level=1
+        ),
         dmd=DMDConfig(loop=loop(3), num_clips=2, num_chunks=3, critic_updates=2),
         decoder=VAETrainingConfig(
             loop=loop(2),
@@ -88,7 +92,14 @@ def dmd_task() -> DMDTask:
     return DMDTask(student, copy.deepcopy(student), HISTORY, schedule, config, CAPTIONS, CAPTIONS, (4, 4, 4))
 
 
-@pytest.mark.parametrize("make", [dit_task, vae_task, dmd_task])
+def trajectory_task() -> TrajectoryTask:
+    student, clips = networks(), dit_task().held_out
+    config = TrajectoryConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3, steps_per_level=2)
+    teacher, schedule = copy.deepcopy(student), Schedule(steps=(1000, 500), shift=1.0)
+    return TrajectoryTask(student, teacher, HISTORY, schedule, config, clips, clips, clips)
+
+
+@pytest.mark.parametrize("make", [dit_task, vae_task, dmd_task, trajectory_task])
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, make: type) -> None:
     whole = make()
     run(whole, whole.config.loop, tmp_path / "whole")

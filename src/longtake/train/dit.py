@@ -140,15 +140,15 @@ class DiTTask:
             ((0, ""),) if drop else of_clip for of_clip, drop in zip(clips.prompts, dropped, strict=True)
         ]
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
-        captions = _in_force(prompts, 0)
+        captions = prompts_in_force(prompts, 0)
         text = self.module.encode(captions)
         walk = Walk(self.module.dit, self.history, text, num_clips, *latents.shape[-2:])
         told = torch.tensor(clips.opens, dtype=torch.float32)
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
-            if _in_force(prompts, span.start) != captions:
-                captions = _in_force(prompts, span.start)
+            if prompts_in_force(prompts, span.start) != captions:
+                captions = prompts_in_force(prompts, span.start)
                 walk.set_text(self.module.encode(captions))
             clean = latents[:, span]
             sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)
@@ -190,7 +190,7 @@ class DiTTask:
         frames, clips = self.history.chunk_frames, self.held_out
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
         num_chunks = min(self.config.num_chunks, latents.shape[1] // frames)
-        captions = _in_force(clips.prompts, 0)
+        captions = prompts_in_force(clips.prompts, 0)
         text = self.module.encode(captions)
         walk = Walk(self.module.dit, self.history, text, len(clips), *latents.shape[-2:])
         generator = torch.Generator().manual_seed(0)
@@ -199,8 +199,8 @@ class DiTTask:
         figures: dict[str, float] = {}
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
-            if _in_force(clips.prompts, span.start) != captions:
-                captions = _in_force(clips.prompts, span.start)
+            if prompts_in_force(clips.prompts, span.start) != captions:
+                captions = prompts_in_force(clips.prompts, span.start)
                 walk.set_text(self.module.encode(captions))
             clean, mask = latents[:, span], foreground[:, span]
             if chunk in (0, num_chunks - 1):
@@ -221,8 +221,8 @@ class DiTTask:
         return figures
 
 
-def _in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
-    """The prompt of each clip at a latent frame."""
+def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
+    """Of each clip the prompt at a latent frame."""
     return [next(text for start, text in reversed(of_clip) if start <= frame) for of_clip in prompts]
 
 

@@ -23,9 +23,10 @@ from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheConfig, build_cache, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
 
-Stage = Literal["vae", "latents", "first", "windows", "dmd", "decoder", "export"]
+Stage = Literal["vae", "latents", "first", "windows", "trajectory", "dmd", "decoder", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _NUM_CLIPS_FOR_STATISTICS = 64
@@ -37,7 +38,8 @@ class Recipe(Config):
     Args:
         warm_start: model name or file whose weights the networks start from; None starts from scratch.
         stages: vae (reconstruction), latents (encode clips once), first (first chunks only), windows (whole
-            clips through the history), dmd (few steps and guidance, distilled),
+            clips through the history), trajectory (few steps and guidance, learned from the teacher's paths),
+            dmd (the same, matched to the teacher's distribution on self-rollouts),
             decoder (the autoencoder's decoder alone, latents untouched), export (write the model file).
     """
 
@@ -56,6 +58,7 @@ class Recipe(Config):
     held_out: LatentCacheConfig
     first: DiTTrainingConfig
     windows: DiTTrainingConfig
+    trajectory: TrajectoryConfig
     dmd: DMDConfig
     decoder: VAETrainingConfig
 
@@ -112,6 +115,7 @@ def train(
         "latents": lambda: _cache_latents(recipe, networks, out),
         "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
         "windows": lambda: _train_dit(recipe, networks, out, "windows", recipe.windows, stop_after_seconds),
+        "trajectory": lambda: _follow(recipe, networks, out, stop_after_seconds),
         "dmd": lambda: _match(recipe, networks, out, stop_after_seconds),
         "decoder": lambda: _train_decoder(recipe, networks, out, stop_after_seconds),
         "export": lambda: _export(recipe, networks, out),
@@ -142,7 +146,8 @@ class _Networks:
         for stage in ("first", "windows"):
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
-        self._restore("dmd", self.text_to_latents)
+        for stage in ("trajectory", "dmd"):
+            self._restore(stage, self.text_to_latents)
 
     def keep(self, stage: Stage, module: nn.Module) -> None:
         """Leave a finished stage's weights for the next one."""
@@ -210,6 +215,18 @@ def _train_dit(
     return figures
 
 
+def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
+    stream, config = recipe.stream, recipe.trajectory
+    clips = _load_clips(recipe, networks, out, config)
+    task = TrajectoryTask(
+        networks.text_to_latents, networks.teacher, stream.history, stream.schedule, config, *clips
+    )
+    figures = run(task, config.loop, out / "trajectory", seconds)
+    if STOPPED_EARLY not in figures:
+        networks.keep("trajectory", networks.text_to_latents)
+    return figures
+
+
 def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     stream, config = recipe.stream, recipe.dmd
     first, _, held_out = _load_clips(recipe, networks, out, recipe.windows)
@@ -231,7 +248,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
 
 
 def _load_clips(
-    recipe: Recipe, networks: _Networks, out: Path, config: DiTTrainingConfig
+    recipe: Recipe, networks: _Networks, out: Path, config: DiTTrainingConfig | TrajectoryConfig
 ) -> tuple[Clips, ClipSource | None, Clips]:
     """Cached first chunks, whole clips where the stage reads any, and held-out clips."""
     chunk_frames = recipe.stream.history.chunk_frames

@@ -109,6 +109,10 @@ class GuidedWalk:
         context = self._doubled(context_bfchw)
         return self._guided(self._walk.advance(self._doubled(noisy_rfchw), self._doubled(sigma_r), context))
 
+    def set_text(self, text: TextContext) -> None:
+        """Other prompts from the next chunk on, rows as at the start."""
+        self._walk.set_text(text)
+
     def _guided(self, clean: Tensor) -> Tensor:
         with_text, without = clean.unflatten(0, (-1, 2, self._num_clips)).unbind(1)  # type: ignore[no-untyped-call]
         guided: Tensor = without + self._guidance * (with_text - without)

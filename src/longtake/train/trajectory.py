@@ -1,0 +1,200 @@
+"""Trajectory distillation: from any step of the few-step schedule, straight to where the teacher's path ends.
+
+The guided teacher walks real clips; for the next chunk it follows its probability-flow path from pure noise
+down to a clean chunk, passing through the noise levels of the student's schedule. The student is shown those
+states and regresses the path's end (the ODE initialisation of CausVid, arXiv 2412.07772, and of Self-Forcing,
+arXiv 2506.08009). Which end follows from the noise, so that one step of the student makes a sharp sample
+instead of the mean of all, and guidance becomes part of its weights. No target depends on the student: unlike
+bootstrapped consistency training this cannot run away.
+
+Legend: b clips, r = levels * b rows (level-major), f latent frames, c channels, h/w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from longtake.config import Config
+from longtake.diffusion.flow import Schedule
+from longtake.history.base import HistoryConfig
+from longtake.models.dit import TextContext
+from longtake.train.dit import TextToLatents, dit_optimizer, prompts_in_force
+from longtake.train.latents import Clips, ClipSource
+from longtake.train.loop import Learner, LoopConfig
+from longtake.train.walk import GuidedWalk, Walk
+
+_NUM_EVALUATION_CLIPS = 48
+
+
+class TrajectoryConfig(Config):
+    """Stage `trajectory`."""
+
+    loop: LoopConfig = LoopConfig()
+    num_clips: int = Field(2, ge=0, description="clips per step that are walked through all chunks")
+    num_chunks: int = Field(7, ge=1, description="chunks of a clip")
+    num_first_clips: int = Field(
+        8, ge=0, description="clips per step of which only the first chunk is trained"
+    )
+    fresh_clips: bool = Field(False, description="whole clips are rendered and encoded anew for every step")
+    guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
+    steps_per_level: int = Field(
+        3, ge=1, description="Euler steps of the teacher from one level of the schedule to the next"
+    )
+    foreground_weight: float = Field(2.0, ge=1, description="weight of foreground cells")
+    context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
+    muon_learning_rate: float = Field(3e-4, gt=0)
+    adamw_learning_rate: float = Field(1.2e-4, gt=0)
+
+
+class TrajectoryTask:
+    """The stage's module (the student), optimiser, loss and evaluation (see `train.loop.Task`).
+
+    Args:
+        module: the student, which starts from the teacher's weights.
+        teacher: a multi-step model; never changed.
+        history: of both.
+        schedule: the student's denoising steps.
+        config: the stage.
+        first_clips: source of clips of which only the first chunk is read.
+        clips: source of whole clips; None where the stage has none.
+        held_out: clips for evaluation.
+    """
+
+    def __init__(
+        self,
+        module: TextToLatents,
+        teacher: TextToLatents,
+        history: HistoryConfig,
+        schedule: Schedule,
+        config: TrajectoryConfig,
+        first_clips: ClipSource,
+        clips: ClipSource | None,
+        held_out: Clips,
+    ) -> None:
+        self.module = module
+        self.history = history
+        self.config = config
+        self.first_clips = first_clips
+        self.clips = clips
+        self.held_out = held_out
+        self._teacher = teacher.eval().requires_grad_(False)
+        self._sigmas = schedule.resolve().sigmas
+        self.learners = {
+            "": Learner(
+                module,
+                dit_optimizer(
+                    module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+                ),
+                self.loss,
+            )
+        }
+
+    def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
+        """Squared distance to the ends of the teacher's paths, over all chunks of the step's clips."""
+        config = self.config
+        rng = np.random.default_rng((config.loop.seed, step))
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        losses: list[Tensor] = []
+        for source, count, num_chunks in (
+            (self.first_clips, config.num_first_clips, 1),
+            (self.clips, config.num_clips, config.num_chunks),
+        ):
+            if source is not None and count > 0:
+                losses += self._walk(source.draw(rng, count), num_chunks, generator)
+        return torch.stack(losses).mean(), {"first": float(losses[0].detach())}
+
+    def _walk(self, clips: Clips, num_chunks: int, generator: torch.Generator) -> list[Tensor]:
+        """The loss of every chunk of the clips; all levels of the schedule are seen on each."""
+        config, frames = self.config, self.history.chunk_frames
+        pair = _Pair(self, clips)
+        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        losses = []
+        for chunk in range(num_chunks):
+            span = slice(chunk * frames, (chunk + 1) * frames)
+            clean = latents[:, span]
+            pair.prompt(span.start)
+            with torch.no_grad():
+                states, end = pair.path(torch.randn(clean.shape, generator=generator))
+            amount = config.context_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=generator)
+            context = clean + amount * torch.randn(clean.shape, generator=generator)
+            sigma = torch.tensor(self._sigmas).repeat_interleave(len(clips))
+            last = chunk == num_chunks - 1
+            walk = pair.student
+            predicted = walk.predict(states, sigma) if last else walk.advance(states, sigma, context)
+            if not last:
+                with torch.no_grad():
+                    pair.teacher.commit(context)
+            weight = 1 + (config.foreground_weight - 1) * foreground[:, span]
+            squared = (predicted - end.repeat(len(self._sigmas), 1, 1, 1, 1)).square().mean(dim=2)
+            losses.append((squared * weight.repeat(len(self._sigmas), 1, 1, 1)).mean())
+        return losses
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Foreground error against the path's end on held-out clips, first and last chunk, by level."""
+        config, frames = self.config, self.history.chunk_frames
+        clips = self.held_out.select(range(min(_NUM_EVALUATION_CLIPS, len(self.held_out))))
+        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        num_chunks = min(config.num_chunks, latents.shape[1] // frames)
+        generator = torch.Generator().manual_seed(0)
+        pair = _Pair(self, clips)
+        figures: dict[str, float] = {}
+        for chunk in range(num_chunks):
+            span = slice(chunk * frames, (chunk + 1) * frames)
+            clean, mask = latents[:, span], foreground[:, span]
+            pair.prompt(span.start)
+            if chunk in (0, num_chunks - 1):
+                states, end = pair.path(torch.randn(clean.shape, generator=generator))
+                name = "first" if chunk == 0 else "last"
+                for value, state in zip(self._sigmas, states.chunk(len(self._sigmas)), strict=True):
+                    predicted = pair.student.predict(state, torch.full((len(clips),), value))
+                    squared = (predicted - end).square().mean(dim=2)
+                    figures[f"path_{name}_{value:.2f}"] = float((squared * mask).sum() / mask.sum())
+            if chunk < num_chunks - 1:
+                pair.student.commit(clean)
+                pair.teacher.commit(clean)
+        return figures
+
+
+class _Pair:
+    """Student and guided teacher on their way through the same clips."""
+
+    def __init__(self, task: TrajectoryTask, clips: Clips) -> None:
+        self._task = task
+        self._clips = clips
+        size = clips.latents_bfchw.shape[-2:]
+        self._captions = prompts_in_force(clips.prompts, 0)
+        module, history = task.module, task.history
+        self.student = Walk(module.dit, history, module.encode(self._captions), len(clips), *size)
+        guidance = task.config.guidance
+        text = self._teachers_text()
+        self.teacher = GuidedWalk(task._teacher.dit, history, text, len(clips), guidance, *size)
+
+    def prompt(self, frame: int) -> None:
+        """Let both read the prompts in force at a latent frame."""
+        captions = prompts_in_force(self._clips.prompts, frame)
+        if captions != self._captions:
+            self._captions = captions
+            self.student.set_text(self._task.module.encode(captions))
+            self.teacher.set_text(self._teachers_text())
+
+    def path(self, noise_bfchw: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's states at the schedule's levels, [r,f,c,h,w], and its path's end, [b,f,c,h,w]."""
+        levels = (*self._task._sigmas, 0.0)
+        state, states = noise_bfchw, []
+        for upper, lower in pairwise(levels):
+            states.append(state)
+            steps = torch.linspace(upper, lower, self._task.config.steps_per_level + 1).tolist()
+            for above, below in pairwise(steps):
+                clean = self.teacher.predict(state, torch.full((len(state),), above))
+                state = clean + below / above * (state - clean)
+        return torch.cat(states), state
+
+    def _teachers_text(self) -> TextContext:
+        with torch.no_grad():
+            return self._task._teacher.encode(self._captions + [""] * len(self._captions))

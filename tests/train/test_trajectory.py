@@ -1,0 +1,108 @@
+"""Trajectory distillation: where paths lead, and what the student learns of them."""
+
+import copy
+import dataclasses
+from itertools import pairwise
+
+import pytest
+import torch
+
+from longtake.diffusion.flow import Schedule
+from longtake.train.latents import Clips
+from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask, _Pair
+from longtake.train.walk import Walk
+from toy_training import CAPTIONS, HISTORY, loop, networks
+
+SCHEDULE = Schedule(steps=(1000, 500), shift=1.0)
+
+
+def clips() -> Clips:
+    torch.manual_seed(1)
+    prompts = tuple(((0, caption),) for caption in CAPTIONS)
+    return Clips(torch.randn(3, 6, 4, 4, 4), torch.rand(3, 6, 4, 4), prompts, (True,) * 3, (1,) * 3)
+
+
+def task(**changes: object) -> TrajectoryTask:
+    student = networks()
+    config = TrajectoryConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3, steps_per_level=2)
+    some = clips()
+    return TrajectoryTask(
+        student, copy.deepcopy(student), HISTORY, SCHEDULE, config.replace(**changes), some, some, some
+    )
+
+
+@torch.no_grad()
+def test_a_path_is_guided_euler_steps_through_the_levels_of_the_schedule() -> None:
+    made, some, guidance = task(guidance=2.5), clips(), 2.5
+    noise = torch.randn(3, 2, 4, 4, 4)
+    states, end = _Pair(made, some).path(noise)
+    plain = [
+        Walk(made._teacher.dit, HISTORY, made._teacher.encode(texts), 3, 4, 4)
+        for texts in (CAPTIONS, [""] * 3)
+    ]
+    state, sigmas = noise, (1.0, 0.75, 0.5, 0.25, 0.0)
+    for above, below in pairwise(sigmas):
+        if above == 0.5:
+            torch.testing.assert_close(states[3:], state, atol=1e-4, rtol=1e-4)
+        with_text, without = (walk.predict(state, torch.full((3,), above)) for walk in plain)
+        flow = (state - (without + guidance * (with_text - without))) / above
+        state = state + (below - above) * flow
+    assert torch.equal(states[:3], noise)
+    torch.testing.assert_close(end, state, atol=1e-4, rtol=1e-4)
+
+
+def test_a_student_that_agrees_with_its_teacher_has_nothing_to_learn() -> None:
+    """One Euler step from the only level ends at the teacher's own prediction."""
+    made = task(guidance=1.0, steps_per_level=1)
+    single = TrajectoryTask(
+        made.module, made._teacher, HISTORY, Schedule(steps=(1000,), shift=1.0), made.config, *[clips()] * 3
+    )
+    loss, _ = single.loss(0, 0.0)
+    assert float(loss.detach()) < 1e-10
+    figures = single.evaluate()
+    assert set(figures) == {"path_first_1.00", "path_last_1.00"}
+    assert max(figures.values()) < 1e-10
+    assert made.evaluate()["path_first_1.00"] > 1e-4  # two steps a level: the path bends
+
+
+def test_the_student_learns_the_path_and_the_teacher_stays() -> None:
+    made = task(muon_learning_rate=5e-3, adamw_learning_rate=5e-3, num_clips=0, num_chunks=1)
+    before = copy.deepcopy(made._teacher.state_dict())
+    learner, some = made.learners[""], clips()
+    losses = []
+    for _ in range(12):
+        loss = made._walk(some, 1, torch.Generator().manual_seed(0))[0]
+        learner.optimizer.zero_grad()
+        loss.backward()
+        learner.optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made._teacher.state_dict().items())
+
+
+@torch.no_grad()
+def test_both_read_a_switched_prompt() -> None:
+    made, some = task(), clips()
+    switched = dataclasses.replace(some, prompts=tuple((*p, (2, "a green star")) for p in some.prompts))
+    noise = torch.randn(3, 2, 4, 4, 4)
+    ends = []
+    for item in (some, switched):
+        pair = _Pair(made, item)
+        pair.student.commit(some.latents_bfchw[:, :2])
+        pair.teacher.commit(some.latents_bfchw[:, :2])
+        pair.prompt(2)
+        ends.append((pair.path(noise)[1], pair.student.predict(noise, torch.ones(3))))
+    for one, other in zip(*ends, strict=True):
+        assert not torch.allclose(one[:2], other[:2], atol=1e-5)
+        torch.testing.assert_close(one[2], other[2])  # it asked for a green star already
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_every_parameter_of_the_student_learns(guidance: float) -> None:
+    made = task(guidance=guidance)
+    loss, _ = made.loss(0, 0.0)
+    loss.backward()
+    idle = [
+        name for name, p in made.module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert idle == []
