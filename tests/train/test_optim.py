@@ -1,9 +1,13 @@
 """Muon with AdamW: what the update is, and who gets which."""
 
+import copy
+
+import pytest
 import torch
 from torch import nn
 
-from longtake.train.optim import MuonAdamW, orthogonalise, split_parameters
+from longtake.errors import ConfigError
+from longtake.train.optim import AdamWConfig, MuonAdamW, orthogonalise, split_parameters
 
 
 def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
@@ -27,18 +31,26 @@ def test_muon_update_has_the_stated_size() -> None:
     assert abs(rms / (0.2 * 0.01) - 1) < 0.3
 
 
-def test_adamw_matches_torch() -> None:
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.0, 0.999)])
+def test_adamw_matches_torch(betas: tuple[float, float]) -> None:
     torch.manual_seed(0)
-    ours = nn.Parameter(torch.randn(7))
-    theirs = nn.Parameter(ours.detach().clone())
-    optimizer = MuonAdamW([], [ours], muon_learning_rate=1.0, adamw_learning_rate=0.02, betas=(0.9, 0.99))
-    reference = torch.optim.AdamW([theirs], lr=0.02, betas=(0.9, 0.99), weight_decay=0.0)
+    ours = nn.Linear(7, 3)
+    theirs = copy.deepcopy(ours)
+    optimizer = AdamWConfig(learning_rate=0.02, betas=betas, weight_decay=0.1).build(ours)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.02, betas=betas, weight_decay=0.1)
     for step in range(5):
-        grad = torch.randn(7, generator=torch.Generator().manual_seed(step))
-        ours.grad, theirs.grad = grad.clone(), grad.clone()
-        optimizer.step()
-        reference.step()
-    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+        inputs = torch.randn(4, 7, generator=torch.Generator().manual_seed(step))
+        for module, each in ((ours, optimizer), (theirs, reference)):
+            each.zero_grad()
+            module(inputs).square().mean().backward()
+            each.step()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), atol=1e-6, rtol=1e-5)
+    assert ("mean" in optimizer.state[ours.weight]) == (betas[0] > 0)  # a first beta of 0 needs none
+
+
+def test_betas_are_shares() -> None:
+    with pytest.raises(ConfigError, match=r"betas=\(0\.9, 1\.0\) leave 0\.\.1"):
+        AdamWConfig(learning_rate=0.1, betas=(0.9, 1.0))
 
 
 def test_matrices_go_to_muon_and_named_exceptions_to_adamw() -> None:

@@ -80,6 +80,24 @@ def encode_png(frame_hw3: Frames) -> bytes:
     return b"".join(bytes(packet) for packet in [*context.encode(frame), *context.encode(None)])
 
 
+def sheet_picture(clips_bthw3: Frames, columns: int = 10, gap: int = 2) -> Frames:
+    """A contact sheet: one row per clip, frames of it evenly spread in time from left to right.
+
+    Args:
+        clips_bthw3: uint8.
+        columns: frames per row; of shorter clips every frame is shown.
+        gap: white pixels between frames.
+
+    Returns:
+        uint8 [rows, columns, 3], the picture.
+    """
+    num_frames = clips_bthw3.shape[1]
+    times = np.linspace(0, num_frames - 1, min(columns, num_frames)).round().astype(int)
+    spaced = np.pad(clips_bthw3[:, times], [(0, 0), (0, 0), (0, gap), (0, gap), (0, 0)], constant_values=255)
+    picture: Frames = np.concatenate([np.concatenate(list(row), axis=1) for row in spaced])
+    return picture
+
+
 class GifWriter(FrameWriter):
     """An animated GIF, each frame with a palette of its own (256 colours), for clips of
     ``config.gif_max_frames``.

@@ -1,30 +1,32 @@
-"""A resumable training loop: everything random follows from (seed, step), so an interrupted run continues
+"""A resumable training loop: everything random follows from (seed, draw), so an interrupted run continues
 exactly.
 
 A stage is a `Task`: it owns one or several learners, each a network, an optimiser and a loss. The loop owns
-schedule, precision, averaging of weights, clipping, the log (JSON lines) and checkpoints (written aside, then
-renamed, so that a kill loses only the steps since the last one).
+schedule, precision, accumulation of gradients, averaging of weights, clipping, the log and checkpoints
+(written aside, then renamed, so that a kill loses only the steps since the last one).
 """
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from longtake.config import Config
-from longtake.errors import TrainingError
-from longtake.train.optim import MuonAdamW, split_parameters
+from longtake.errors import ConfigError, TrainingError
+from longtake.train.logs import TrainingLog
+from longtake.train.optim import AdamWConfig, MuonAdamW, split_parameters
 
 Precision = Literal["auto", "fp32", "bf16"]
+
+Recompute = Literal["none", "blocks"]
 
 STOPPED_EARLY = "stopped_early_at_step"
 """Key in a stage's figures where it was stopped before its last step."""
@@ -42,16 +44,38 @@ class LoopConfig(Config):
     final_learning_rate: float = Field(
         0.02, ge=0, le=1, description="the rate at the end, as a share of the peak"
     )
+    accumulation_steps: int = Field(
+        1, ge=1, description="batches whose mean gradient makes one update; each is new data"
+    )
+    recompute: Recompute = Field(
+        "none", description="blocks: forget what the DiT's blocks computed and redo it in the backward pass"
+    )
     gradient_clip: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.998, ge=0, lt=1)
-    precision: Precision = Field("auto", description="auto: bf16 where the processor multiplies it natively")
+    ema_from_step: int = Field(
+        0, ge=0, description="the average follows the weights until then; 0: its decay warms up instead"
+    )
+    precision: Precision = Field(
+        "auto", description="of products, weights stay fp32; auto: bf16 where the processor has it natively"
+    )
     log_every_steps: int = Field(20, ge=1)
     evaluate_every_steps: int = Field(500, ge=1)
     checkpoint_every_seconds: float = Field(120.0, gt=0)
 
+    @model_validator(mode="after")
+    def _averages(self) -> LoopConfig:
+        if self.ema_from_step >= self.num_steps:
+            raise ConfigError(
+                f"ema_from_step={self.ema_from_step} lies beyond num_steps={self.num_steps}",
+                "average earlier or train longer",
+            )
+        return self
+
 
 Loss = Callable[[int, float], tuple[Tensor, dict[str, float]]]
-"""Of (step, progress from 0 to 1 over the stage): the loss to descend, and figures for the log."""
+"""Of (draw, progress from 0 to 1 over the stage): the loss to descend, the mean over a batch that draw alone
+decides, and figures for the log. Draws count up from 0, `accumulation_steps` to a step.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,7 +85,7 @@ class Learner:
     Args:
         module: the network.
         optimizer: updates it.
-        loss: of a step; everything random in it must follow from the step.
+        loss: of a draw; everything random in it must follow from the draw.
         every: it learns on every so many-th step, first on step 0.
     """
 
@@ -109,11 +133,15 @@ def build_optimizer(
     precision: Precision,
     adamw_names: tuple[str, ...] = (),
     momentum: float = 0.95,
+    only_adamw: AdamWConfig | None = None,
 ) -> MuonAdamW:
     """Muon on matrices and convolutions, AdamW on the rest and on names that contain a given part.
 
     `momentum` is Muon's; AdamW's first average forgets as fast where that is faster than the usual 0.9.
+    `only_adamw` puts AdamW on everything, and no other argument but the module counts.
     """
+    if only_adamw is not None:
+        return only_adamw.build(module)
     muon, adamw = split_parameters(module, adamw_names)
     dtype = autocast_dtype(precision, next(module.parameters()).device) or torch.float32
     return MuonAdamW(
@@ -139,16 +167,28 @@ def learning_rate_factor(step: int, config: LoopConfig) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of a module's parameters, with the usual warm-up of the decay."""
+    """Exponential moving average of a module's parameters.
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
+    Args:
+        module: whose.
+        decay: share of the average that an update keeps. It warms up over the first updates, unless they are
+            those of weights that have settled (`from_step`).
+        from_step: until this step of the stage the average equals the weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float, from_step: int = 0) -> None:
         self.decay = decay
+        self.from_step = from_step
         self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
-        """Move the averages towards the module's weights after optimiser step `step`."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, module: nn.Module, step: int, num_updates: int) -> None:
+        """Move the averages towards the module's weights after step `step`, its `num_updates`-th update."""
+        decay = self.decay
+        if step < self.from_step:
+            decay = 0.0
+        elif self.from_step == 0:
+            decay = min(decay, num_updates / (9 + num_updates))
         for name, parameter in module.named_parameters():
             self.shadow[name].lerp_(parameter, 1 - decay)
 
@@ -161,6 +201,15 @@ class WeightAverage:
             self.shadow[name].copy_(kept)
 
 
+@dataclass
+class _Progress:
+    """Steps done, the figures since the last line of the log, and those of the last evaluation."""
+
+    step: int = 0
+    window: list[dict[str, float]] = field(default_factory=list)
+    figures: dict[str, float] = field(default_factory=dict)
+
+
 def run(
     task: Task, config: LoopConfig, out: Path, stop_after_seconds: float | None = None
 ) -> dict[str, float]:
@@ -169,7 +218,7 @@ def run(
     Args:
         task: the stage; its module ends up holding the averaged weights.
         config: schedule and bookkeeping.
-        out: folder for `checkpoint.pt` and `log.jsonl`; made if missing.
+        out: folder for the checkpoint and for what `train.logs` writes; made if missing.
         stop_after_seconds: stop early (with a checkpoint) after this long, to be resumed later.
 
     Returns:
@@ -179,61 +228,63 @@ def run(
         TrainingError: the loss became NaN or infinite, or the checkpoint is of another configuration.
     """
     out.mkdir(parents=True, exist_ok=True)
-    average = WeightAverage(task.module, config.ema_decay)
-    step = _resume(task, config, average, out)
-    device = next(task.module.parameters()).device
-    dtype = autocast_dtype(config.precision, device)
+    average = WeightAverage(task.module, config.ema_decay, config.ema_from_step)
+    done = _resume(task, config, average, out)
+    dtype = autocast_dtype(config.precision, next(task.module.parameters()).device)
     started = saved = time.monotonic()
-    window: list[dict[str, float]] = []
-    figures: dict[str, float] = {}
-    with (out / "log.jsonl").open("a") as log:
-        while step < config.num_steps:
+    with TrainingLog(out, done.step) as log:
+        while done.step < config.num_steps:
             tick = time.monotonic()
             row: dict[str, float] = {}
             for name, learner in task.learners.items():
-                if step % learner.every == 0:
+                if done.step % learner.every == 0:
                     prefix = f"{name}_" if len(task.learners) > 1 else ""
-                    for key, value in _learn(learner, step, config, dtype).items():
+                    for key, value in _learn(learner, done.step, config, dtype).items():
                         row[prefix + key] = value
                     if learner.module is task.module:
-                        average.update(task.module, step // learner.every)
-            step += 1
-            window.append({**row, "seconds": time.monotonic() - tick})
-            if step % config.log_every_steps == 0:
-                _log(log, {"step": step, **_means(window)})
-                window.clear()
+                        average.update(task.module, done.step, done.step // learner.every + 1)
+            done.step += 1
+            done.window.append({**row, "seconds": time.monotonic() - tick})
+            if done.step % config.log_every_steps == 0:
+                log.figures(done.step, _means(done.window))
+                done.window.clear()
+            is_last = done.step == config.num_steps
+            if done.step % config.evaluate_every_steps == 0 or is_last:
+                average.swap(task.module)
+                done.figures = task.evaluate()
+                log.evaluation(done.step, done.figures)
+                average.swap(task.module)
             late = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
-            if late or step == config.num_steps or time.monotonic() - saved > config.checkpoint_every_seconds:
-                _save(task, config, average, step, out)
+            if late or is_last or time.monotonic() - saved > config.checkpoint_every_seconds:
+                _save(task, config, average, done, out)
                 saved = time.monotonic()
-            if step % config.evaluate_every_steps == 0 or step == config.num_steps:
-                average.swap(task.module)
-                figures = task.evaluate()
-                average.swap(task.module)
-                _log(log, {"step": step, "evaluation": figures})
-            if late and step < config.num_steps:
-                figures = {**figures, STOPPED_EARLY: float(step)}
+            if late and not is_last:
+                done.figures = {**done.figures, STOPPED_EARLY: float(done.step)}
                 break
     average.swap(task.module)
-    return figures
+    return done.figures
 
 
 def _learn(learner: Learner, step: int, config: LoopConfig, dtype: torch.dtype | None) -> dict[str, float]:
-    """One update of one learner; its figures."""
+    """One update of one learner from the mean gradient of its draws; its figures."""
     device = next(learner.module.parameters()).device
     learner.optimizer.scale_learning_rates(learning_rate_factor(step, config))
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        loss, parts = learner.loss(step, step / config.num_steps)
-    learner.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    rows = []
+    for micro in range(config.accumulation_steps):
+        draw = step * config.accumulation_steps + micro
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            loss, parts = learner.loss(draw, step / config.num_steps)
+        (loss / config.accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        rows.append({"loss": float(loss.detach()), **parts})
     norm = nn.utils.clip_grad_norm_(learner.module.parameters(), config.gradient_clip)
-    value = float(loss.detach())
+    means = _means(rows)
     if not torch.isfinite(norm):
         raise TrainingError(
-            f"step {step}: loss {value}, gradient norm {float(norm)}", "lower the learning rate"
+            f"step {step}: loss {means['loss']}, gradient norm {float(norm)}", "lower the learning rate"
         )
     learner.optimizer.step()
-    return {"loss": value, "norm": float(norm), **parts}
+    learner.optimizer.zero_grad(set_to_none=True)  # so that one learner's gradients exist at a time
+    return {"loss": means.pop("loss"), "norm": float(norm), **means}
 
 
 def _means(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -245,35 +296,50 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
-def _log(log: Any, row: dict[str, Any]) -> None:
-    log.write(json.dumps(row) + "\n")
-    log.flush()
-
-
-def _save(task: Task, config: LoopConfig, average: WeightAverage, step: int, out: Path) -> None:
+def _save(task: Task, config: LoopConfig, average: WeightAverage, done: _Progress, out: Path) -> None:
     state = {
-        "step": step,
+        "step": done.step,
         "config": config.model_dump_json(),
         "average": average.shadow,
         "modules": {name: learner.module.state_dict() for name, learner in task.learners.items()},
         "optimizers": {name: learner.optimizer.state_dict() for name, learner in task.learners.items()},
+        "window": done.window,
+        "figures": done.figures,
+        "rng": torch.get_rng_state(),
     }
     aside = out / "checkpoint.pt.part"
     torch.save(state, aside)
     os.replace(aside, out / "checkpoint.pt")
 
 
-def _resume(task: Task, config: LoopConfig, average: WeightAverage, out: Path) -> int:
+def _resume(task: Task, config: LoopConfig, average: WeightAverage, out: Path) -> _Progress:
     path = out / "checkpoint.pt"
     if not path.exists():
-        return 0
+        return _Progress()
     state = torch.load(path, weights_only=True)
-    if state["config"] != config.model_dump_json():
-        raise TrainingError(
-            f"{path} was written under {state['config']}", "remove it or train with that configuration"
-        )
+    _check_same(state["config"], config, path)
     for name, learner in task.learners.items():
         learner.module.load_state_dict(state["modules"][name])
         learner.optimizer.load_state_dict(state["optimizers"][name])
     average.shadow = state["average"]
-    return int(state["step"])
+    if "rng" in state:  # older checkpoints have neither this nor the two below
+        torch.set_rng_state(state["rng"])
+    return _Progress(int(state["step"]), state.get("window", []), state.get("figures", {}))
+
+
+def _check_same(stored: str, config: LoopConfig, path: Path) -> None:
+    """Refuse to go on under another configuration; settings that are newer than the file were at their
+    defaults.
+    """
+    remedy = "remove it or train with that configuration"
+    try:
+        before = LoopConfig.loads(stored, str(path))
+    except ConfigError as error:
+        raise TrainingError(f"{path} was written by another version: {error.problem}", remedy) from error
+    changes = [
+        f"{name}={getattr(before, name)!r}, not {getattr(config, name)!r}"
+        for name in LoopConfig.model_fields
+        if getattr(before, name) != getattr(config, name)
+    ]
+    if changes:
+        raise TrainingError(f"{path} was written under {'; '.join(changes)}", remedy)

@@ -12,7 +12,11 @@ from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
+
+from longtake.config import Config
+from longtake.errors import ConfigError
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 _NUM_ITERATIONS = 5
@@ -108,17 +112,50 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _adamw(parameter: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
         if "step" not in state:
             state["step"] = 0
-            state["mean"] = torch.zeros_like(parameter)
             state["square"] = torch.zeros_like(parameter)
-        beta1, beta2 = group["betas"]
+            if beta1 > 0:
+                state["mean"] = torch.zeros_like(parameter)
         state["step"] += 1
-        state["mean"].lerp_(grad, 1 - beta1)
         state["square"].lerp_(grad.square(), 1 - beta2)
-        mean = state["mean"] / (1 - beta1 ** state["step"])
+        mean = grad
+        if beta1 > 0:
+            state["mean"].lerp_(grad, 1 - beta1)
+            mean = state["mean"] / (1 - beta1 ** state["step"])
         scale = (state["square"] / (1 - beta2 ** state["step"])).sqrt_().add_(1e-8)
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
         parameter.addcdiv_(mean, scale, value=-group["lr"])
+
+
+class AdamWConfig(Config):
+    """AdamW (Loshchilov and Hutter 2019) on every parameter of a network, matrices too.
+
+    Published recipes of distilled video models use betas (0, 0.999) and weight decay 0.01. With a first beta
+    of 0 the optimiser keeps one number per weight instead of two.
+    """
+
+    learning_rate: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0, description="share of a weight lost per unit of learning rate")
+
+    @model_validator(mode="after")
+    def _forgets(self) -> AdamWConfig:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas={self.betas} leave 0..1", "use for instance [0.9, 0.999]")
+        return self
+
+    def build(self, module: nn.Module) -> MuonAdamW:
+        """The optimiser of a module's parameters that require gradients."""
+        return MuonAdamW(
+            (),
+            (parameter for parameter in module.parameters() if parameter.requires_grad),
+            muon_learning_rate=self.learning_rate,
+            adamw_learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            betas=self.betas,
+        )
 
 
 def split_parameters(
