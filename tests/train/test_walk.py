@@ -1,6 +1,8 @@
-"""Walks through clips: guided ones against plain ones."""
+"""Walks through clips: guided ones against plain ones, recomputed ones against remembered ones."""
 
+import pytest
 import torch
+from torch import Tensor
 
 from longtake.train.walk import GuidedWalk, Walk
 from toy_training import CAPTIONS, HISTORY, networks
@@ -20,3 +22,40 @@ def test_a_guided_walk_is_two_walks_in_one() -> None:
         expected = without + 2.5 * (with_text - without)
         torch.testing.assert_close(guided.predict(noisy, sigma), expected, atol=1e-4, rtol=1e-4)
         guided.commit(clean)
+
+
+def _walked(recompute: bool, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], int]:
+    """Gradients of a loss over four chunks, of which the window evicts, and the bytes kept for them."""
+    module = networks()
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(3, 8, 4, 4, 4, generator=generator)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=dtype, enabled=dtype is not None),
+    ):
+        walk = Walk(module.dit, HISTORY, module.encode(CAPTIONS), 3, 4, 4, recompute=recompute)
+        loss = torch.zeros(())
+        for chunk in range(4):
+            clean = latents[:, 2 * chunk : 2 * chunk + 2]
+            noisy = clean.repeat(2, 1, 1, 1, 1) + torch.randn(6, 2, 4, 4, 4, generator=generator)
+            sigma = torch.rand(6, generator=generator) * 0.9 + 0.1
+            loss = loss + walk.advance(noisy, sigma, clean).square().mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(module.parameters()))
+    return gradients, sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_recomputed_blocks_give_the_same_gradients_from_less_memory(dtype: torch.dtype | None) -> None:
+    plain, plain_bytes = _walked(False, dtype)
+    again, again_bytes = _walked(True, dtype)
+    for name, gradient in plain.items():
+        torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5)
+    assert again_bytes < 0.5 * plain_bytes

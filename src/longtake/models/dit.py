@@ -18,6 +18,7 @@ import torch
 from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from longtake.cache.base import Entries, Rows, take_rows
 from longtake.cache.dense import dense_layout
@@ -272,7 +273,12 @@ class DiT(nn.Module):
         )
 
     def forward(
-        self, x_rfchw: Tensor, timesteps_rf: Tensor, text: TextContext, view: HistoryView
+        self,
+        x_rfchw: Tensor,
+        timesteps_rf: Tensor,
+        text: TextContext,
+        view: HistoryView,
+        recompute: bool = False,
     ) -> tuple[Tensor, Entries]:
         """Predict the flow ``noise - clean`` of some frames that read a history.
 
@@ -280,7 +286,10 @@ class DiT(nn.Module):
             x_rfchw: noisy latents; rows as the view's (``copies * base rows``, copy-major).
             timesteps_rf: per frame, 0 (clean) to 1000 (noise), on the latents' device.
             text: prompts, one row per latent row.
-            view: what the frames read, from a history or :func:`~longtake.history.base.full_view`.
+            view: what the frames read, from a history or :func:`~longtake.history.base.full_view`. With
+                ``recompute`` its tensors must not be overwritten before the backward pass.
+            recompute: where gradients are recorded, keep only what enters and leaves each block, and compute
+                the rest again in the backward pass.
 
         Returns:
             The flow, of the latents' shape with ``out_channels``, and the tokens' entries (keys un-rotated).
@@ -302,7 +311,12 @@ class DiT(nn.Module):
         time_rf6w = self.time_projection(time_rfw).unflatten(-1, (6, -1))
         layers = []
         for layer, block in enumerate(self.blocks):
-            x_rtw, entries = block(x_rtw, time_rf6w, text.layers[layer], text.mask_r11l, view, layer)
+            inputs = (x_rtw, time_rf6w, text.layers[layer], text.mask_r11l, view, layer)
+            if recompute and torch.is_grad_enabled():
+                # Blocks draw no random numbers, so the generator's state need not be kept.
+                x_rtw, entries = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_rtw, entries = block(*inputs)
             layers.append(entries)
         patches = self.head(x_rtw, time_rfw)
         out_rfchw = rearrange(

@@ -29,15 +29,29 @@ class Walk:
         num_clips: b.
         height: of the latents.
         width: of the latents.
+        recompute: keep little for the backward pass and compute blocks again there (see `DiT.forward`).
     """
 
     def __init__(
-        self, dit: DiT, history: HistoryConfig, text: TextContext, num_clips: int, height: int, width: int
+        self,
+        dit: DiT,
+        history: HistoryConfig,
+        text: TextContext,
+        num_clips: int,
+        height: int,
+        width: int,
+        recompute: bool = False,
     ) -> None:
         self._dit = dit
         self._text = text
         self._num_clips = num_clips
-        self._history = PureHistory(history, dit.cache_spec(), grid=dit.token_grid(height, width))
+        self._recompute = recompute
+        self._history = PureHistory(
+            history,
+            dit.cache_spec(),
+            grid=dit.token_grid(height, width),
+            device=dit.patch_embedding.weight.device,
+        )
 
     def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor) -> Tensor:
         """The clean latents of noisy copies of the next chunk, [r,f,c,h,w]; the history stays as it is."""
@@ -65,7 +79,11 @@ class Walk:
         assert rest == 0, "rows must be whole copies of the clips"
         view = self._history.view(num_frames=num_frames).repeat(copies)
         flow, entries = self._dit(
-            inputs, times[:, None].expand(-1, num_frames), self._text.repeat(copies), view
+            inputs,
+            times[:, None].expand(-1, num_frames),
+            self._text.repeat(copies),
+            view,
+            recompute=self._recompute,
         )
         if context_bfchw is not None:
             self._history = self._history.commit(entries.select(slice(num_rows, None)))
