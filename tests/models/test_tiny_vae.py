@@ -12,10 +12,10 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 CONFIG = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 12), decoder_widths=(8, 8, 12), num_blocks=2)
 
 
-@pytest.fixture(scope="module")
-def vae() -> TinyVAE:
+@pytest.fixture(scope="module", params=[False, True], ids=["coarse", "fine"])
+def vae(request: pytest.FixtureRequest) -> TinyVAE:
     torch.manual_seed(0)
-    vae = TinyVAE(CONFIG).eval().requires_grad_(False)
+    vae = TinyVAE(CONFIG.replace(fine_mixes=request.param)).eval().requires_grad_(False)
     vae.latent_mean.copy_(torch.tensor([0.5, -1.0, 0.0, 2.0]))
     vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
     return vae
@@ -70,6 +70,21 @@ def test_a_latent_frame_remembers_the_one_before(vae: TinyVAE) -> None:
     latents, _ = vae.encode_chunk(frames, vae.init_encode_state(2, 16, 24))
     other, _ = vae.encode_chunk(changed, vae.init_encode_state(2, 16, 24))
     assert not torch.allclose(latents[:, 1], other[:, 1], atol=1e-6)
+
+
+def test_the_decoder_sees_the_frames_before_at_every_level_that_mixes() -> None:
+    torch.manual_seed(0)
+    vae = TinyVAE(CONFIG.replace(fine_mixes=True)).eval().requires_grad_(False)
+    state, latents = vae.init_decode_state(1, 16, 16), torch.randn(1, 2, 4, 2, 2)
+    assert {name: tuple(t.shape) for name, t in state.items() if name in ("middle", "fine")} == {
+        "middle": (1, 8, 4, 4),
+        "fine": (1, 8, 8, 8),
+    }
+    _, state = vae.decode_chunk(latents[:, :1], state)
+    whole, _ = vae.decode_chunk(latents[:, 1:], state)
+    for name in ("mix0", "mix1", "middle", "fine"):
+        forgotten, _ = vae.decode_chunk(latents[:, 1:], {**state, name: torch.zeros_like(state[name])})
+        assert not torch.allclose(whole, forgotten, atol=1e-5), name
 
 
 def test_state_is_never_changed_in_place(vae: TinyVAE) -> None:

@@ -3,8 +3,9 @@
 A latent frame covers `temporal_stride` pixel frames; the first latent frame of a video covers one pixel frame
 (as in Wan's VAE), which the encoder sees as a group of identical frames and of which the decoder keeps the
 last. Groups are folded into channels, so that every layer is a 2D convolution; time is mixed by causal layers
-at the coarsest resolution, each of which looks one latent frame back. That one kept frame per layer is the
-whole streaming state, so chunk-wise and one-shot runs are the same computation.
+at the coarsest resolution, and in the decoder at the finer ones too where the config says so, each of which
+looks one latent frame back. That one kept frame per layer is the whole streaming state, so chunk-wise and
+one-shot runs are the same computation.
 
 Legend: b batch, t pixel frames, f latent frames, h/w height and width, c channels, n = b*f rows.
 """
@@ -22,10 +23,17 @@ from longtake.errors import ModelError
 
 State = dict[str, Tensor]
 STARTED = "started"
+_MIDDLE, _FINE = "middle", "fine"
 
 
 class TinyVAEConfig(Config):
-    """Shape of the small VAE. Widths are channels per level, from the finest to the coarsest."""
+    """Shape of the small VAE. Widths are channels per level, from the finest to the coarsest.
+
+    Args:
+        num_blocks: residual blocks per level.
+        fine_mixes: whether the decoder mixes time at its two finer levels as well, so that a group of frames
+            sees the pixels of the group before it and joins on smoothly.
+    """
 
     pixel_channels: int = Field(3, ge=1)
     latent_channels: int = Field(16, ge=1)
@@ -33,6 +41,7 @@ class TinyVAEConfig(Config):
     encoder_widths: tuple[int, int] = (96, 192)
     decoder_widths: tuple[int, int, int] = (64, 96, 192)
     num_blocks: int = Field(2, ge=1)
+    fine_mixes: bool = False
 
     @property
     def spatial_stride(self) -> int:
@@ -120,14 +129,20 @@ class TinyDecoder(nn.Module):
         self.middle = nn.Sequential(*(ResidualBlock(middle) for _ in range(config.num_blocks)))
         self.up2 = nn.Conv2d(middle, 4 * fine, 1)
         self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(config.num_blocks)))
+        self.middle_mix = CausalTimeMix(middle) if config.fine_mixes else None
+        self.fine_mix = CausalTimeMix(fine) if config.fine_mixes else None
         self.head = nn.Conv2d(fine, 4 * config.pixel_channels * config.temporal_stride, 3, padding=1)
 
     def forward(self, latents_nchw: Tensor, state: State) -> tuple[Tensor, State]:
         """Groups of frames folded into channels, and the new state."""
-        x, state = self.trunk(self.stem(latents_nchw), state)
-        x = self.middle(F.pixel_shuffle(self.up1(F.relu(x)), 2))
-        x = self.fine(F.pixel_shuffle(self.up2(F.relu(x)), 2))
-        return F.pixel_shuffle(self.head(F.relu(x)), 2), state
+        x, new_state = self.trunk(self.stem(latents_nchw), state)
+        x = F.pixel_shuffle(self.up1(F.relu(x)), 2)
+        if self.middle_mix is not None:
+            x, new_state[_MIDDLE] = self.middle_mix(x, state[_MIDDLE])
+        x = F.pixel_shuffle(self.up2(F.relu(self.middle(x))), 2)
+        if self.fine_mix is not None:
+            x, new_state[_FINE] = self.fine_mix(x, state[_FINE])
+        return F.pixel_shuffle(self.head(F.relu(self.fine(x))), 2), new_state
 
 
 class TinyVAE(nn.Module):
@@ -155,7 +170,13 @@ class TinyVAE(nn.Module):
 
     def init_decode_state(self, batch: int, height: int, width: int) -> State:
         """State before the first latent frame; sizes in pixels, ModelError unless multiples of 8."""
-        return self._init_state(self.decoder.trunk, self.config.decoder_widths[-1], batch, height, width)
+        fine, middle, coarse = self.config.decoder_widths
+        state = self._init_state(self.decoder.trunk, coarse, batch, height, width)
+        if self.config.fine_mixes:
+            like = self.latent_mean
+            state[_MIDDLE] = like.new_zeros(batch, middle, height // 4, width // 4)
+            state[_FINE] = like.new_zeros(batch, fine, height // 2, width // 2)
+        return state
 
     def encode_chunk(self, frames_bthwc: Tensor, state: State) -> tuple[Tensor, State]:
         """Encode the next pixel frames of every stream in the batch.

@@ -183,6 +183,7 @@ def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.ran
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)  # a training step may be under one, which refuses half precision
 def encode_clips(vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
     """Render and encode clips of `config.num_latent_frames` latent frames."""
     stride = vae.config.temporal_stride

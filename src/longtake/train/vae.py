@@ -39,6 +39,9 @@ class VAETrainingConfig(Config):
     adamw_learning_rate: float = Field(2e-3, gt=0)
     edge_weight: float = Field(8.0, ge=0, description="extra weight of pixels beside an edge")
     absolute_weight: float = Field(0.1, ge=0, description="share of absolute beside squared error")
+    difference_weight: float = Field(
+        0.0, ge=0, description="weight of the squared error of differences from frame to frame"
+    )
     latent_noise: float = Field(
         0.15, ge=0, description="upper end of the noise added to latents when decoding"
     )
@@ -112,6 +115,9 @@ class VAETask:
         weight = 1 + config.edge_weight * edge_map(frames)
         squared = error.square()
         by_clip = (weight * (squared + config.absolute_weight * error.abs())).flatten(1).mean(dim=1)
+        if config.difference_weight > 0:
+            jumps = (weight[:, 1:] * error.diff(dim=1).square()).flatten(1).mean(dim=1)
+            by_clip = by_clip + config.difference_weight * jumps
         reconstruction = (by_clip.log() if config.relative_error else by_clip).mean()
         psnr = -10 * torch.log10(squared.detach().mean() / 4)
         if config.freeze_encoder:
