@@ -28,7 +28,7 @@ _HELD_OUT_SEED = 1 << 40  # far from every training scene
 def tiny() -> Recipe:
     """The model that ships: world level 1 at 64x64, 16 fps."""
     vae_model = TinyVAEConfig()
-    text_model = TinyTextConfig(words=WORDS)
+    text_model = TinyTextConfig(words=WORDS, max_words=47)
     channels = vae_model.latent_channels
     return Recipe(
         name="tiny",

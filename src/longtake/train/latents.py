@@ -183,9 +183,14 @@ def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.ran
 
 
 @torch.no_grad()
-@torch.autocast("cpu", enabled=False)  # a training step may be under one, which refuses half precision
 def encode_clips(vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
     """Render and encode clips of `config.num_latent_frames` latent frames."""
+    # A training step may be under autocast, which refuses to join tensors of half precision.
+    with torch.autocast("cpu", enabled=False):
+        return _encode_clips(vae, excerpts, config)
+
+
+def _encode_clips(vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
     stride = vae.config.temporal_stride
     num_frames = 1 + (config.num_latent_frames - 1) * stride
     size = (config.height, config.width)
