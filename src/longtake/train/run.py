@@ -25,6 +25,7 @@ from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheCon
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
+from longtake.train.warm_start import warm_start
 
 Stage = Literal["vae", "latents", "first", "windows", "trajectory", "dmd", "decoder", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -36,7 +37,8 @@ class Recipe(Config):
     """A small text-to-video model and how it is trained.
 
     Args:
-        warm_start: model name or file whose weights the networks start from; None starts from scratch.
+        warm_start: model name or file whose weights the networks start from, also where the recipe's have
+            grown (see `train.warm_start`); None starts from scratch.
         stages: vae (reconstruction), latents (encode clips once), first (first chunks only), windows (whole
             clips through the history), trajectory (few steps and guidance, learned from the teacher's paths),
             dmd (the same, matched to the teacher's distribution on self-rollouts),
@@ -137,9 +139,9 @@ class _Networks:
         self.text_to_latents = TextToLatents(TinyTextEncoder(recipe.text_model), DiT(recipe.dit_model))
         if recipe.warm_start is not None:
             _, start = load_networks(resolve_model(recipe.warm_start))
-            load_into(self.vae, start["vae"].state_dict(), recipe.warm_start)
-            load_into(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
-            load_into(self.text_to_latents.dit, start["dit"].state_dict(), recipe.warm_start)
+            warm_start(self.vae, start["vae"].state_dict(), recipe.warm_start)
+            warm_start(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
+            warm_start(self.text_to_latents.dit, start["dit"].state_dict(), recipe.warm_start)
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)

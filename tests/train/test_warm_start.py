@@ -1,0 +1,52 @@
+"""Weights of a model's former size in its present one."""
+
+import pytest
+import torch
+
+from longtake.errors import CheckpointError
+from longtake.models.dit import DiT
+from longtake.models.tiny_text import TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE
+from longtake.train.warm_start import warm_start
+from toy_training import DIT, TEXT, VAE
+
+
+@torch.no_grad()
+def test_a_longer_prompt_leaves_shorter_ones_as_they_were() -> None:
+    old, new = TinyTextEncoder(TEXT), TinyTextEncoder(TEXT.replace(max_words=TEXT.max_words + 9))
+    warm_start(new, old.state_dict(), "old")
+    prompts = ["a red circle bouncing on grey", "a blue star"]
+    (before, mask), (after, longer) = old.encode(prompts), new.encode(prompts)
+    assert torch.equal(longer[:, : mask.shape[1]], mask)
+    torch.testing.assert_close(after[:, : mask.shape[1]], before)
+    assert not longer[:, mask.shape[1] :].any()
+
+
+@torch.no_grad()
+def test_a_finer_grid_sees_the_same_places() -> None:
+    old = DiT(DIT.replace(spatial_embedding=(2, 2)))
+    torch.nn.init.normal_(old.spatial_embedding.weight)
+    new = DiT(DIT.replace(spatial_embedding=(4, 4)))
+    warm_start(new, old.state_dict(), "old")
+    grown, small = new.spatial_embedding.weight, old.spatial_embedding.weight
+    assert torch.equal(grown[:, ::3, ::3], small)  # corners stay corners
+    torch.testing.assert_close(grown.mean(dim=(1, 2)), small.mean(dim=(1, 2)))
+
+
+@torch.no_grad()
+def test_finer_mixes_begin_small_and_the_rest_is_loaded() -> None:
+    torch.manual_seed(0)
+    old, new = TinyVAE(VAE).eval(), TinyVAE(VAE.replace(fine_mixes=True)).eval()
+    warm_start(new, old.state_dict(), "old")
+    latents = torch.randn(1, 3, 4, 2, 2)
+    before, _ = old.decode_chunk(latents, old.init_decode_state(1, 16, 16))
+    after, _ = new.decode_chunk(latents, new.init_decode_state(1, 16, 16))
+    assert (after - before).abs().max() < 0.3 * before.abs().max()
+    assert torch.equal(after[:, 0], before[:, 0])  # nothing is before the first frame
+
+
+def test_other_differences_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="wrong shape: position"):
+        warm_start(TinyTextEncoder(TEXT), TinyTextEncoder(TEXT.replace(max_words=99)).state_dict(), "old")
+    with pytest.raises(CheckpointError, match="old does not fit.*missing: blocks"):
+        warm_start(DiT(DIT.replace(num_layers=3)), DiT(DIT).state_dict(), "old")
