@@ -41,7 +41,7 @@ def test_real_clips_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert summary["sources"]["truth"]["metrics"]["colour"]["value"] == 1.0
     assert (tmp_path / "report.html").is_file()
     out = capsys.readouterr().out
-    assert "colour 1.000, required 0.90: met" in out
+    assert "colour 1.000, required 0.97: met" in out
     assert "report.html" in out
 
 

@@ -6,17 +6,21 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+from longtake.eval.errors import EvalError
 from longtake.eval.model import ModelSource, ceilings
 from longtake.eval.runner import WorldEvalConfig
+from longtake.eval.script import Script
 from longtake.eval.source import ReconstructionSource, TruthSource
 from longtake.eval.world import run_world_eval
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.pipeline import Pipeline
+from longtake.stream.state import PromptSwitch
 from tiny_parts import FakeText, small_dit, small_pipeline
 
-PROMPTS = ["a red circle bouncing on white", "a blue star orbiting on sky"]
+PROMPTS = [Script.of("a red circle bouncing on white"), Script.of("a blue star orbiting on sky")]
 
 
 def world_sized_pipeline() -> Pipeline:
@@ -39,6 +43,23 @@ def test_streams_do_not_depend_on_their_batch() -> None:
         alone = np.concatenate(list(source.generate([prompt], [seed], 20)), axis=1)[0]
         assert np.abs(alone.astype(int) - together[row]).max() <= 1
     assert not np.array_equal(together[0], together[1])
+
+
+def test_each_stream_switches_its_prompt_at_its_own_chunk() -> None:
+    source = ModelSource(small_pipeline(), "tiny")
+    assert source.chunking == Chunking(first_frames=5, frames=8, window_frames=28)
+    first, other = PROMPTS[0].prompts[0][1], PROMPTS[1].prompts[0][1]
+    scripts = [Script(((0, first), (13, other))), Script(((0, first), (21, other))), Script.of(first)]
+    switched = np.concatenate(list(source.generate(scripts, [3, 3, 3], 29)), axis=1).astype(int)
+    for row, start in ((0, 13), (1, 21)):
+        assert np.abs(switched[row, :start] - switched[2, :start]).max() <= 1
+        assert np.abs(switched[row, start:] - switched[2, start:]).max() > 1
+    kept = ModelSource(small_pipeline(), "tiny", PromptSwitch(text="", window="keep"))
+    assert kept.about["switches"] != source.about["switches"]
+    other_way = np.concatenate(list(kept.generate(scripts[:1], [3], 29)), axis=1).astype(int)
+    assert np.abs(other_way[0, 13:] - switched[0, 13:]).max() > 1
+    with pytest.raises(EvalError, match="use frame 21"):
+        next(source.generate([Script(((0, first), (14, other)))], [3], 29))
 
 
 def test_an_unlimited_window_has_room_for_the_whole_clip() -> None:

@@ -13,11 +13,13 @@ from torch import Tensor
 from longtake.eval.autoencoder import AutoencoderEvalConfig, evaluate_autoencoder
 from longtake.eval.errors import EvalError
 from longtake.eval.runner import FIRST_EVAL_SEED
+from longtake.eval.script import Script
 from longtake.eval.sheet import contact_sheet
 from longtake.eval.source import ReconstructionSource, TruthSource
 from longtake.world import render, sample_scene, scene_for_prompt
 
 PROMPTS = ["a red circle bouncing on a blue sky", "a green star orbiting on grey"]
+SCRIPTS = [Script.of(text) for text in PROMPTS]
 
 
 class Lossy:
@@ -47,7 +49,7 @@ class Lossy:
 
 
 def test_real_clips_follow_prompt_and_seed_in_model_sized_chunks() -> None:
-    chunks = list(TruthSource().generate(PROMPTS, [5, 6], 30))
+    chunks = list(TruthSource().generate(SCRIPTS, [5, 6], 30))
     assert [chunk.shape[1] for chunk in chunks] == [9, 12, 9]
     video = np.concatenate(chunks, axis=1)
     for row, (prompt, seed) in enumerate(zip(PROMPTS, [5, 6], strict=True)):
@@ -56,10 +58,10 @@ def test_real_clips_follow_prompt_and_seed_in_model_sized_chunks() -> None:
 
 def test_a_perfect_autoencoder_changes_nothing() -> None:
     source = ReconstructionSource(TruthSource(), Lossy(1e-6), 4, {"weights": "none"})
-    chunks = list(source.generate(PROMPTS, [5, 6], 30))
+    chunks = list(source.generate(SCRIPTS, [5, 6], 30))
     assert sum(chunk.shape[1] for chunk in chunks) == 33  # the last latent frame is filled
     video = np.concatenate(chunks, axis=1)[:, :30]
-    np.testing.assert_array_equal(video, np.concatenate(list(TruthSource().generate(PROMPTS, [5, 6], 30)), 1))
+    np.testing.assert_array_equal(video, np.concatenate(list(TruthSource().generate(SCRIPTS, [5, 6], 30)), 1))
 
 
 def psnr_by_hand(step: float) -> float:

@@ -12,6 +12,7 @@ import pytest
 
 from faulty_sources import FaultySource
 from longtake.eval import runner
+from longtake.eval.diversity import SPREADS
 from longtake.eval.errors import EvalError
 from longtake.eval.meter import Meter
 from longtake.eval.report import HTML_NAME, PNG_NAME
@@ -131,12 +132,8 @@ def test_a_source_of_one_place_has_no_diversity() -> None:
 def assert_same(ours: list[Record], theirs: list[Record]) -> None:
     """Equal but for rounding: sums over a batch's patches depend on the largest one."""
     for mine, other in zip(ours, theirs, strict=True):
-        assert (mine.kind, mine.index, mine.seed, mine.prompt) == (
-            other.kind,
-            other.index,
-            other.seed,
-            other.prompt,
-        )
+        for name in ("kind", "index", "seed", "prompts", "heldout"):
+            assert getattr(mine, name) == getattr(other, name)
         assert mine.scores == pytest.approx(other.scores, abs=1e-5)
 
 
@@ -198,7 +195,7 @@ def test_a_run_leaves_summary_report_and_sheets(tmp_path: Path) -> None:
     data = json.loads((tmp_path / SUMMARY_NAME).read_text())
     assert data["world_version"] == "1"
     assert data["config_digest"] == config.digest()
-    assert set(data["sources"]["model"]["metrics"]) == {*METRICS, "diversity_px"}
+    assert set(data["sources"]["model"]["metrics"]) == {*METRICS, *SPREADS}
     for name in (PNG_NAME, "sheet-model.png", "sheet-truth.png"):
         assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     page = (tmp_path / HTML_NAME).read_text()
@@ -244,13 +241,13 @@ def test_evaluation_scenes_are_no_training_scenes() -> None:
     listed = jobs(WorldEvalConfig(scenes=20, split="train"))
     assert min(job.seed for job in listed) >= 1 << 40
     assert len({job.key for job in listed}) == len(listed)
-    assert all(parse_caption(job.prompt).objects for job in listed)
+    assert all(parse_caption(job.script.text).objects for job in listed)
 
 
 def test_two_objects_are_matched_by_colour() -> None:
     config = CONFIG.replace(level=2, scenes=6, seconds=2, diversity_prompts=0)
     records = runner._run_batch(config, TruthSource(2), jobs(config), None)
-    several = [r for r in records if len(parse_caption(r.prompt).objects) > 1]
+    several = [r for r in records if len(parse_caption(r.prompts[0][1]).objects) > 1]
     assert several
     assert np.mean([record.scores["colour"] for record in several]) > 0.9  # type: ignore[arg-type]
     assert all(record.scores["background"] == 1 for record in records)

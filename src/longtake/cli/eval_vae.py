@@ -27,7 +27,7 @@ class Arguments(Config):
         batch: clips coded together.
     """
 
-    level: Literal[1, 2] = 1
+    level: Literal[1, 2, 3] = 1
     scenes: int = Field(64, ge=1)
     seconds: float = Field(5.0, ge=1.0)
     seed: int = Field(0, ge=0)

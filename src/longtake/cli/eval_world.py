@@ -19,25 +19,28 @@ class Arguments(Config):
     to finish writes the report.
 
     Attributes:
-        level: world level of the prompts: 1 one object, 2 up to three objects, small ones, hills.
+        level: world level of the prompts: 1 one object; 2 up to three objects, small ones, hills; 3 objects
+            that leave a panning view and come back, and prompt switches.
         scenes: prompts; each is one stream.
-        seconds: length of every stream.
+        seconds: length of every stream: 5 by default, and 40 at level 3, which needs more than 20.
         seed: chooses the scenes.
         out: directory for everything that is written; it is created.
         model_path: name of a model that `longtake models` lists, or path of a .safetensors file.
         split: combinations and wordings that training may see, those held out from it, or any.
-        sample_every_frames: every n-th frame goes to the detectors.
+        sample_every_frames: every n-th frame goes to the detectors; at level 3 every second one at least.
         window_seconds: motion and drift are judged per window of this length.
         batch: streams generated together; it changes no result beyond rounding.
         diversity_prompts: this many prompts are generated again, with other seeds and for one second.
         diversity_seeds: seeds for each of these.
         shard: this run's part as i/n, i from 0.
         ceiling_only: score real clips alone: what the detectors allow at best.
+        against: output directory of a finished run of the same model and level, as a rule with the other
+            --split: the report tells the difference, with its interval.
     """
 
-    level: Literal[1, 2] = 1
+    level: Literal[1, 2, 3] = 1
     scenes: int = Field(200, ge=1)
-    seconds: float = Field(5.0, ge=1.0)
+    seconds: float | None = Field(None, ge=1.0)
     seed: int = Field(0, ge=0)
     out: Path = Path("outputs/eval-world")
     model_path: str = "tiny"
@@ -46,9 +49,10 @@ class Arguments(Config):
     window_seconds: float = Field(5.0, ge=2.0)
     batch: int = Field(16, ge=1)
     diversity_prompts: int = Field(8, ge=0)
-    diversity_seeds: int = Field(4, ge=2)
+    diversity_seeds: int = Field(16, ge=2)
     shard: str = "0/1"
     ceiling_only: bool = False
+    against: Path | None = None
 
 
 def run(arguments: Arguments) -> int:
@@ -65,7 +69,7 @@ def run(arguments: Arguments) -> int:
     if not arguments.ceiling_only:
         model = load_model(arguments.model_path)
         subject, others = ModelSource(model.pipeline, model.card.name), ceilings(model.pipeline, config.level)
-    summary = run_world_eval(config, subject, others, arguments.out, shard, Progress())
+    summary = run_world_eval(config, subject, others, arguments.out, shard, Progress(), arguments.against)
     if summary is None:
         print(f"shard {arguments.shard} is done; the last one writes the report to {arguments.out}")
         return 0

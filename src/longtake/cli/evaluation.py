@@ -66,6 +66,8 @@ def print_estimates(columns: Mapping[str, Mapping[str, Estimate]]) -> None:
         table.add_column(name, no_wrap=True)
     metrics = dict.fromkeys(metric for estimates in columns.values() for metric in estimates)
     for metric in metrics:
+        if all(metric not in found or found[metric].value is None for found in columns.values()):
+            continue  # another level's metric
         cells = []
         for estimates in columns.values():
             found = estimates.get(metric)

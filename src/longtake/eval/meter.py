@@ -111,6 +111,11 @@ class Meter:
         ]
 
 
+def pick(found: Detections, rows: NDArray[np.bool_]) -> Detections:
+    """The detections of those samples for which `rows`, [S], is true."""
+    return Detections(**{item.name: getattr(found, item.name)[rows] for item in fields(Detections)})
+
+
 def _reshape(found: Detections, lead: tuple[int, int]) -> Detections:
     """Detections with their first axis split in two."""
     parts = {item.name: getattr(found, item.name) for item in fields(Detections)}

@@ -10,10 +10,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.eval.errors import EvalError
+from longtake.eval.script import Chunking, Script
 from longtake.eval.source import ReconstructionSource, TruthSource
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline
+from longtake.stream.state import PromptSwitch
 
 Frames = NDArray[np.uint8]
 
@@ -24,35 +27,68 @@ class ModelSource:
     Args:
         pipeline: The model.
         name: Name of the model, for provenance.
+        policy: What becomes of the past at prompt switches; its text does not matter.
     """
 
     name = "model"
 
-    def __init__(self, pipeline: Pipeline, name: str) -> None:
+    def __init__(self, pipeline: Pipeline, name: str, policy: PromptSwitch | None = None) -> None:
         self._pipeline = pipeline
         self._model = name
+        self._policy = policy or PromptSwitch(text="")
+        self.chunking = chunking_of(pipeline)
 
     @property
     def about(self) -> dict[str, str]:
-        """The model, its weights' hash and the hash of how it is run."""
+        """The model, its weights' hash, the hash of how it is run, and how it switches prompts."""
+        policy = self._policy
         return {
             "model": self._model,
             "weights": self._pipeline.digest,
             "stream_config": self._pipeline.config.digest(),
+            "switches": f"sink {policy.sink}, memory {policy.memory}, window {policy.window}",
         }
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
-        """Chunks of all streams; the same prompt and seed give the same video, to rounding, in any batch."""
+    def generate(self, scripts: Sequence[Script], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
+        """Chunks of all streams; the same script and seed give the same video, to rounding, in any batch.
+
+        Raises:
+            EvalError: A script switches its prompt within a chunk.
+        """
+        for script in scripts:
+            for start, _ in script.prompts:
+                if self.chunking.boundary(start) != start:
+                    raise EvalError(
+                        f"a prompt comes into force at frame {start}, within a chunk",
+                        f"use frame {self.chunking.boundary(start)}, see Script.on",
+                    )
         pipeline = self._pipeline
         chunk_frames = pipeline.config.history.chunk_frames
         num_chunks = 1
         while pipeline.num_pixel_frames(num_chunks * chunk_frames) < num_frames:
             num_chunks += 1
-        engine = Engine(pipeline, len(prompts), max_frames=num_chunks * chunk_frames)
-        states = [engine.open(prompt, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-        for _ in range(num_chunks):
+        engine = Engine(pipeline, len(scripts), max_frames=num_chunks * chunk_frames)
+        due = [dict(script.prompts) for script in scripts]
+        states = [engine.open(prompts[0], seed) for prompts, seed in zip(due, seeds, strict=True)]
+        for index in range(num_chunks):
+            for state, prompts in zip(states, due, strict=True):
+                if index and state.num_frames in prompts:
+                    text = prompts[state.num_frames]
+                    engine.set_prompt(state, self._policy.replace(text=text))
             frames = [chunk.frames for chunk in engine.advance(states)]
             yield np.stack([made for made in frames if made is not None])
+
+
+def chunking_of(pipeline: Pipeline) -> Chunking:
+    """How a pipeline's frames come, in pixel frames."""
+    history = pipeline.config.history
+    first = pipeline.num_pixel_frames(history.chunk_frames)
+    stride = pipeline.vae.config.temporal_stride
+    return Chunking(
+        first_frames=first,
+        frames=pipeline.num_pixel_frames(2 * history.chunk_frames) - first,
+        window_frames=None if history.window_frames is None else history.window_frames * stride,
+    )
 
 
 def ceilings(pipeline: Pipeline, level: int) -> tuple[TruthSource | ReconstructionSource, ...]:
@@ -62,15 +98,7 @@ def ceilings(pipeline: Pipeline, level: int) -> tuple[TruthSource | Reconstructi
         pipeline: The model.
         level: World level, for what prompts leave open.
     """
-    chunk_frames = pipeline.config.history.chunk_frames
-    first = pipeline.num_pixel_frames(chunk_frames)
-    truth = TruthSource(
-        level,
-        pipeline.config.height,
-        pipeline.config.width,
-        chunk_frames=pipeline.num_pixel_frames(2 * chunk_frames) - first,
-        first_chunk_frames=first,
-    )
+    truth = TruthSource(level, pipeline.config.height, pipeline.config.width, chunking_of(pipeline))
     if not isinstance(pipeline.vae, TinyVAE):
         return (truth,)  # a decoder alone: nothing to encode real clips with
     stride = pipeline.vae.config.temporal_stride

@@ -6,14 +6,15 @@ import html
 from pathlib import Path
 from typing import Any
 
+from longtake.eval.bars import Bar
 from longtake.eval.lazy import pyplot
 from longtake.eval.score import PROPORTIONS
 from longtake.eval.stats import Estimate
-from longtake.eval.summary import Bar, Summary
+from longtake.eval.summary import Summary
 
 PNG_NAME = "report.png"
 HTML_NAME = "report.html"
-_CURVES = ("present", "colour", "shape", "background", "motion")
+_CURVES = ("present", "colour", "shape", "background", "binding", "motion")
 _ERRORS = ("background_error", "colour_error")
 
 
@@ -44,8 +45,9 @@ def show(value: Estimate, metric: str) -> str:
 def _title(summary: Summary) -> str:
     config = summary.config
     return (
-        f"World level {config.level}: {config.scenes} scenes of {config.seconds:g} s, seed {config.seed}, "
-        f"split {config.split} (world {summary.world_version}, config {summary.config_digest[:12]})"
+        f"World level {config.level}: {config.scenes} scenes of {config.length_seconds:g} s, "
+        f"seed {config.seed}, split {config.split} "
+        f"(world {summary.world_version}, config {summary.config_digest[:12]})"
     )
 
 
@@ -53,6 +55,8 @@ def _rows(summary: Summary) -> list[list[str]]:
     required = {bar.metric: bar for bar in summary.bars}
     rows = []
     for metric in summary.sources[summary.subject].metrics:
+        if all(source.metrics[metric].value is None for source in summary.sources.values()):
+            continue  # another level's metric
         cells = [show(source.metrics[metric], metric) for source in summary.sources.values()]
         bar = required.pop(metric, None)
         rows.append([metric, *cells, "" if bar is None else _verdict(bar)])
@@ -62,19 +66,46 @@ def _rows(summary: Summary) -> list[list[str]]:
     return rows
 
 
+def heldout_rows(summary: Summary) -> list[list[str]]:
+    """Metric, seen, held out and their difference, of the subject; empty where a split has one of them."""
+    subject = summary.sources[summary.subject]
+    return [
+        [
+            metric,
+            show(subject.seen[metric], metric),
+            show(subject.heldout[metric], metric),
+            show(value, metric),
+        ]
+        for metric, value in subject.generalization.items()
+        if value.value is not None
+    ]
+
+
+def _ratio_rows(summary: Summary) -> list[list[str]]:
+    """Magnitudes of each source over those of real clips."""
+    sources = summary.sources.values()
+    names = summary.sources[summary.subject].ratios
+    return [
+        [metric, *[show(source.ratios[metric], "") for source in sources]]
+        for metric in names
+        if summary.sources[summary.subject].ratios[metric].value is not None
+    ]
+
+
 def _verdict(bar: Bar) -> str:
     return f"{'<=' if bar.at_most else '>='} {bar.required:.3g}: {'met' if bar.met else 'NOT met'}"
 
 
 def _draw(summary: Summary, path: Path) -> None:
     plt = pyplot()
-    figure = plt.figure(figsize=(11, 12), dpi=100)
-    grid = figure.add_gridspec(3, 2, height_ratios=[4, 2, 0.01])
+    rows = _rows(summary)
+    figure = plt.figure(figsize=(11, 5 + 0.27 * len(rows)), dpi=100)
+    grid = figure.add_gridspec(2, 2, height_ratios=[0.27 * len(rows) + 0.5, 4])
     figure.suptitle(_title(summary), fontsize=11)
     top = figure.add_subplot(grid[0, :])
     top.axis("off")
     header = ["metric", *summary.sources, "bar"]
-    table = top.table(_rows(summary), colLabels=header, loc="center", cellLoc="left")
+    table = top.table(rows, colLabels=header, loc="center", cellLoc="left")
     table.auto_set_font_size(False)
     table.set_fontsize(8)
     table.scale(1, 1.25)
@@ -118,11 +149,17 @@ def _curves(axes: Any, summary: Summary, metrics: tuple[str, ...], label: str) -
 
 
 def _page(summary: Summary, sheets: dict[str, Path]) -> str:
-    cells = ["metric", *summary.sources, "bar"]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in cells)
-    body = "\n".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(summary)
-    )
+    tables = [_table(["metric", *summary.sources, "bar"], _rows(summary))]
+    if ratios := _ratio_rows(summary):
+        tables.append("<h2>Magnitudes over those of real clips</h2>")
+        tables.append(_table(["metric", *summary.sources], ratios))
+    if heldout := heldout_rows(summary):
+        tables.append("<h2>Combinations held out from training</h2>")
+        tables.append(_table(["metric", "seen", "held out", "difference"], heldout))
+    if summary.against:
+        other = [[metric, show(value, metric)] for metric, value in summary.against.items() if value.num]
+        tables.append("<h2>Against the other run</h2>")
+        tables.append(_table(["metric", "this run less the other"], other))
     about = "\n".join(
         f"<li><b>{html.escape(name)}</b>: "
         + html.escape(", ".join(f"{key} {value}" for key, value in source.about.items()))
@@ -137,10 +174,15 @@ def _page(summary: Summary, sheets: dict[str, Path]) -> str:
 td,th{{border:1px solid #ccc;padding:2px 8px;text-align:left}}img{{max-width:100%}}</style></head>
 <body><h1>{html.escape(_title(summary))}</h1>
 <ul>{about}</ul>
-<table><tr>{head}</tr>
-{body}
-</table>
+{"".join(tables)}
 <img src="{PNG_NAME}" alt="table and curves">
 {pictures}
 </body></html>
 """
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + line(head, "th") + "\n".join(line(row, "td") for row in rows) + "</table>"

@@ -6,23 +6,26 @@ streams there skips them, and whichever run completes the last shard writes the 
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longtake.config import Config
 from longtake.errors import ConfigError
+from longtake.eval.diversity import start_of
 from longtake.eval.errors import EvalError
-from longtake.eval.meter import Meter
-from longtake.eval.score import Record, score
+from longtake.eval.meter import Measured, Meter
+from longtake.eval.records import RecordFile
+from longtake.eval.returns import LONGEST_ABSENCE_FRAMES
+from longtake.eval.score import METRICS, Record, assign, picked, score
+from longtake.eval.script import Script
 from longtake.eval.sheet import SheetKeeper
 from longtake.world import FPS, VERSION, Split, parse_caption, sample_scene
-from longtake.world.vocabulary import HELDOUT_COMBINATIONS, REFERENCE_HEIGHT
+from longtake.world.captions import Attributes
+from longtake.world.vocabulary import HELDOUT_COMBINATIONS
 
 if TYPE_CHECKING:
     from longtake.eval.source import VideoSource  # which imports torch; a command's help does without
@@ -33,37 +36,71 @@ SEEDS_APART: Final = 1 << 20
 """Distance between the first scenes of two evaluation seeds, hence the largest number of scenes."""
 
 
+DEFAULT_SECONDS: Final = {1: 5.0, 2: 5.0, 3: 40.0}
+"""Length of the streams by level. At level 3 it is twice the longest absence from the view: whatever leaves
+in the first half must be back by the end."""
+MAX_PANNING_SAMPLE_FRAMES: Final = 2
+"""Objects cross the edge of a panning view within a few frames."""
+
+
 class WorldEvalConfig(Config):
     """An evaluation against the world.
 
     Attributes:
-        level: World level of the prompts: 1, or 2 (up to three objects, small ones, hills).
-        scenes: Prompts; each is one stream.
-        seconds: Length of every stream.
+        level: World level of the prompts: 1, 2 (up to three objects, small ones, hills), or 3 (objects that
+            leave a panning view and come back; prompt switches).
+        scenes: Scripts (prompts, or prompts with switches); each is one stream.
+        seconds: Length of every stream; None for 5, and 40 at level 3, which needs more than 20.
         seed: Chooses the scenes.
         split: Which combinations and wordings: "train", "heldout" (only held-out ones) or "any".
-        sample_every_frames: Every n-th frame goes to the detectors.
+        sample_every_frames: Every n-th frame goes to the detectors; at level 3 every second one at least.
         window_seconds: Motion and drift are judged per window of this length.
         batch: Streams generated together.
         diversity_prompts: This many prompts are generated again, with other seeds and for one second.
         diversity_seeds: Seeds for each of these.
+
+    Raises:
+        ConfigError: At level 3, clips too short to tell what stays away from what is yet to come.
     """
 
-    level: Literal[1, 2] = 1
+    level: Literal[1, 2, 3] = 1
     scenes: int = Field(200, ge=1, le=SEEDS_APART)
-    seconds: float = Field(5.0, ge=1.0)
+    seconds: float | None = Field(None, ge=1.0)
     seed: int = Field(0, ge=0)
     split: Split = "any"
     sample_every_frames: int = Field(4, ge=1, le=6)
     window_seconds: float = Field(5.0, ge=2.0)
     batch: int = Field(16, ge=1)
     diversity_prompts: int = Field(8, ge=0)
-    diversity_seeds: int = Field(4, ge=2)
+    diversity_seeds: int = Field(16, ge=2)
+
+    @model_validator(mode="after")
+    def _long_enough(self) -> WorldEvalConfig:
+        if self.level == 3 and self.num_frames <= LONGEST_ABSENCE_FRAMES:
+            longest = LONGEST_ABSENCE_FRAMES / FPS
+            raise ConfigError(
+                f"seconds={self.length_seconds:g} is too short for level 3: objects leave the view for up to "
+                f"{longest:g} s, and none could be told to be missing",
+                f"use seconds > {longest:g}; {DEFAULT_SECONDS[3]:g} is the default",
+            )
+        return self
+
+    @property
+    def length_seconds(self) -> float:
+        """Length of every stream, the level's default filled in."""
+        return DEFAULT_SECONDS[self.level] if self.seconds is None else self.seconds
 
     @property
     def num_frames(self) -> int:
         """Frames of every stream."""
-        return round(self.seconds * FPS)
+        return round(self.length_seconds * FPS)
+
+    @property
+    def detect_every_frames(self) -> int:
+        """Every n-th frame goes to the detectors, the level considered."""
+        if self.level == 3:
+            return min(self.sample_every_frames, MAX_PANNING_SAMPLE_FRAMES)
+        return self.sample_every_frames
 
 
 @dataclass(frozen=True)
@@ -93,7 +130,7 @@ class Job:
     kind: str
     index: int
     seed: int
-    prompt: str
+    script: Script
     num_frames: int
 
     @property
@@ -105,19 +142,28 @@ class Job:
 def jobs(config: WorldEvalConfig) -> list[Job]:
     """All streams of an evaluation, scenes first."""
     first = FIRST_EVAL_SEED + config.seed * SEEDS_APART
-    prompts = [sample_scene(first + i, config.level, config.split).caption for i in range(config.scenes)]
-    listed = [Job("scene", i, first + i, text, config.num_frames) for i, text in enumerate(prompts)]
+    scripts = [
+        Script(sample_scene(first + i, config.level, config.split).captions) for i in range(config.scenes)
+    ]
+    listed = [Job("scene", i, first + i, script, config.num_frames) for i, script in enumerate(scripts)]
     for index in range(min(config.diversity_prompts, config.scenes)):
+        opening = Script.of(scripts[index].prompts[0][1])
         for again in range(config.diversity_seeds):
             seed = first + index + (again + 1) * SEEDS_APART // (config.diversity_seeds + 1)
-            listed.append(Job("diversity", index, seed, prompts[index], min(FPS, config.num_frames)))
+            listed.append(Job("diversity", index, seed, opening, min(FPS, config.num_frames)))
     return listed
 
 
 def fingerprint(config: WorldEvalConfig, source: VideoSource) -> dict[str, object]:
     """What two runs must share for their records to be put together."""
     comparable = config.replace(batch=WorldEvalConfig().batch)  # the batch changes no result
-    return {"config": comparable.digest(), "world": VERSION, "source": source.name, "about": source.about}
+    return {
+        "config": comparable.digest(),
+        "world": VERSION,
+        "metrics": list(METRICS),
+        "source": source.name,
+        "about": source.about,
+    }
 
 
 def evaluate(
@@ -143,32 +189,28 @@ def evaluate(
         EvalError: `out` holds records of another evaluation, or cannot be written.
     """
     shard = shard or Shard()
-    path = _records_path(out, source.name, shard)
+    file = _file(out / _records_name(source.name, shard), config, source)
     mine = jobs(config)[shard.index :: shard.count]
-    records = _resume(path, fingerprint(config, source))
+    records = file.resume()
     done = {(record.kind, record.index, record.seed) for record in records}
     todo = [job for job in mine if job.key not in done]
-    with path.open("a", encoding="utf-8") as file:
-        for batch in _batches(todo, config.batch):
-            keeper = None if sheet_path(out, source.name).exists() else SheetKeeper(batch[0].num_frames)
-            for record in _run_batch(config, source, batch, keeper):
-                file.write(record.model_dump_json() + "\n")
-                records.append(record)
-            if keeper is not None:
-                keeper.write(sheet_path(out, source.name), [job.prompt for job in batch])
-            file.flush()
-            os.fsync(file.fileno())
-            if progress is not None:
-                progress(len(records), len(mine))
+    for batch in _batches(todo, config.batch):
+        keeper = None if sheet_path(out, source.name).exists() else SheetKeeper(batch[0].num_frames)
+        fresh = _run_batch(config, source, batch, keeper)
+        file.append(fresh)
+        records += fresh
+        if keeper is not None:
+            keeper.write(sheet_path(out, source.name), [job.script.text for job in batch])
+        if progress is not None:
+            progress(len(records), len(mine))
     return records
 
 
 def merge(config: WorldEvalConfig, source: VideoSource, out: Path) -> list[Record] | None:
     """The records of all shards in job order, or None while some are missing."""
-    expected = fingerprint(config, source)
     found: dict[tuple[str, int, int], Record] = {}
-    for path in sorted(out.glob(f"{source.name}-*of*.jsonl")):
-        for record in _read(path, expected):
+    for path in sorted(out.glob(_records_name(source.name, None))):
+        for record in _file(path, config, source).read():
             found[(record.kind, record.index, record.seed)] = record
     keys = [job.key for job in jobs(config)]
     return [found[key] for key in keys] if all(key in found for key in keys) else None
@@ -185,34 +227,49 @@ def _batches(todo: Sequence[Job], size: int) -> Iterable[list[Job]]:
 def _run_batch(
     config: WorldEvalConfig, source: VideoSource, batch: Sequence[Job], keeper: SheetKeeper | None
 ) -> list[Record]:
-    meter = Meter(batch[0].num_frames, config.sample_every_frames)
-    chunks = source.generate([job.prompt for job in batch], [job.seed for job in batch], batch[0].num_frames)
-    for chunk_bthwc in chunks:
+    num_frames = batch[0].num_frames
+    meter = Meter(num_frames, config.detect_every_frames)
+    scripts = [job.script.on(source.chunking, num_frames) for job in batch]
+    for chunk_bthwc in source.generate(scripts, [job.seed for job in batch], num_frames):
         meter.feed(chunk_bthwc)
         if keeper is not None:
             keeper.feed(chunk_bthwc)
         if meter.done:
             break
-    records = []
-    for job, measured in zip(batch, meter.results(), strict=True):
-        wanted = parse_caption(job.prompt)
-        scores, windows = score(measured, wanted, round(config.window_seconds * FPS))
-        first = measured.detections.center_xy[0, 0] * REFERENCE_HEIGHT
-        seen = measured.detections.num_objects[0] > 0
-        combinations = {(item.colour, item.shape, item.motion) for item in wanted.objects}
-        records.append(
-            Record(
-                kind=job.kind,
-                index=job.index,
-                seed=job.seed,
-                prompt=job.prompt,
-                heldout=bool(combinations & HELDOUT_COMBINATIONS),
-                scores=scores,
-                windows=windows,
-                first_center=(float(first[0]), float(first[1])) if seen else None,
-            )
-        )
-    return records
+    return [
+        _record(config, source, job, script, measured)
+        for job, script, measured in zip(batch, scripts, meter.results(), strict=True)
+    ]
+
+
+def _record(
+    config: WorldEvalConfig, source: VideoSource, job: Job, script: Script, measured: Measured
+) -> Record:
+    window_frames = round(config.window_seconds * FPS)
+    scores, windows, returned = score(measured, script, window_frames, source.chunking)
+    asked = [parse_caption(text) for _, text in script.prompts]
+    first_sn = assign(measured.detections, asked[0])[:, :1]
+    start = None
+    if first_sn.shape[1]:
+        center_s2 = picked(measured.detections.center_xy, first_sn[:, 0])
+        radius_s = picked(measured.detections.radius, first_sn[:, 0])
+        start = start_of(center_s2, radius_s, measured.frames)
+    return Record(
+        kind=job.kind,
+        index=job.index,
+        seed=job.seed,
+        prompts=script.prompts,
+        heldout=any(_is_heldout(item) for item in asked),
+        scores=scores,
+        windows=windows,
+        returns=returned,
+        start=start,
+    )
+
+
+def _is_heldout(asked: Attributes) -> bool:
+    combinations = {(item.colour, item.shape, item.motion) for item in asked.objects}
+    return bool(combinations & HELDOUT_COMBINATIONS)
 
 
 def sheet_path(out: Path, name: str) -> Path:
@@ -220,43 +277,10 @@ def sheet_path(out: Path, name: str) -> Path:
     return out / f"sheet-{name}.png"
 
 
-def _records_path(out: Path, name: str, shard: Shard) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(f"cannot create the directory {str(out)!r}: {error.strerror}") from error
-    return out / f"{name}-{shard.index}of{shard.count}.jsonl"
+def _records_name(source: str, shard: Shard | None) -> str:
+    """Name of a shard's file; without one, the pattern of all."""
+    return f"{source}-*of*.jsonl" if shard is None else f"{source}-{shard.index}of{shard.count}.jsonl"
 
 
-def _resume(path: Path, expected: dict[str, object]) -> list[Record]:
-    """Earlier records; a line cut off by a crash is dropped from the file."""
-    if not path.exists():
-        path.write_text(json.dumps(expected) + "\n", encoding="utf-8")
-        return []
-    records = _read(path, expected)
-    lines = [json.dumps(expected), *(record.model_dump_json() for record in records)]
-    partial = path.with_suffix(".part")
-    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    partial.replace(path)
-    return records
-
-
-def _read(path: Path, expected: dict[str, object]) -> list[Record]:
-    lines = path.read_text(encoding="utf-8").split("\n")
-    try:
-        header = json.loads(lines[0])
-    except ValueError as error:
-        raise EvalError(f"{str(path)!r} is no file of records", "use another --out") from error
-    different = [name for name in expected if header.get(name) != expected[name]]
-    if different:
-        raise EvalError(
-            f"{str(path)!r} holds records with another {', '.join(different)}",
-            "use another --out or delete the file",
-        )
-    records = []
-    for number, line in enumerate(lines[1:-1], start=2):  # the last piece is empty, or was cut off
-        try:
-            records.append(Record.loads(line, source=f"{path}:{number}"))
-        except ConfigError as error:
-            raise EvalError(error.problem, f"delete line {number}") from error
-    return records
+def _file(path: Path, config: WorldEvalConfig, source: VideoSource) -> RecordFile[Record]:
+    return RecordFile(path, Record, fingerprint(config, source))

@@ -13,17 +13,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from longtake.world import VERSION, render, scene_for_prompt
+from longtake.eval.script import Chunking, Script, scenes_for
+from longtake.world import VERSION, render
 
 Frames = NDArray[np.uint8]
 
 
 class VideoSource(Protocol):
-    """Makes a batch of videos from prompts, chunk by chunk.
+    """Makes a batch of videos from scripts, chunk by chunk.
 
     Attributes:
         name: Short, for tables and file names ("model", "truth", "vae").
         about: Where it comes from: versions, hashes, settings. Records of another `about` are not resumed.
+        chunking: How its frames come.
     """
 
     @property
@@ -36,10 +38,16 @@ class VideoSource(Protocol):
         """Provenance."""
         ...
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
+    @property
+    def chunking(self) -> Chunking:
+        """Where chunks begin, and how far they look back."""
+        ...
+
+    def generate(self, scripts: Sequence[Script], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
         """Chunks of uint8 [B, T, H, W, 3], in order; together at least `num_frames` frames, T may vary.
 
-        The same prompt and seed give the same video whatever else is in the batch.
+        The same script and seed give the same video whatever else is in the batch. Prompts switch at chunk
+        boundaries: see `Script.on`.
         """
         ...
 
@@ -51,9 +59,7 @@ class TruthSource:
         level: World level, for what a prompt leaves open.
         height: Rows.
         width: Columns.
-        chunk_frames: Frames per chunk.
-        first_chunk_frames: Frames of the first chunk: a causal video autoencoder's first frame stands alone,
-            so that 3 latent frames of 4 give 9 frames first and 12 from then on.
+        chunking: As of the model that it is compared with.
     """
 
     name = "truth"
@@ -63,32 +69,31 @@ class TruthSource:
         level: int = 1,
         height: int = 64,
         width: int = 64,
-        chunk_frames: int = 12,
-        first_chunk_frames: int = 9,
+        chunking: Chunking | None = None,
     ) -> None:
         self.level = level
         self.height = height
         self.width = width
-        self.chunk_frames = chunk_frames
-        self.first_chunk_frames = first_chunk_frames
+        self.chunking = chunking or Chunking()
 
     @property
     def about(self) -> dict[str, str]:
         """Version of the world and the size."""
-        chunks = f"{self.first_chunk_frames},{self.chunk_frames}"
-        return {"world": VERSION, "size": f"{self.width}x{self.height}", "chunk_frames": chunks}
+        chunks = f"{self.chunking.first_frames},{self.chunking.frames}"
+        return {
+            "world": VERSION,
+            "size": f"{self.width}x{self.height}",
+            "chunk_frames": chunks,
+            "window_frames": str(self.chunking.window_frames),
+        }
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
-        """Renders the scene that each prompt and seed stand for."""
-        aspect = self.width / self.height
-        scenes = [
-            scene_for_prompt(text, seed, self.level, aspect)
-            for text, seed in zip(prompts, seeds, strict=True)
-        ]
-        start, stop = 0, min(self.first_chunk_frames, num_frames)
+    def generate(self, scripts: Sequence[Script], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
+        """Renders the scene that each script and seed stand for."""
+        scenes = scenes_for(scripts, seeds, self.level, self.width / self.height)
+        start, stop = 0, min(self.chunking.first_frames, num_frames)
         while start < num_frames:
             yield np.stack([render(scene, start, stop, self.height, self.width) for scene in scenes])
-            start, stop = stop, min(stop + self.chunk_frames, num_frames)
+            start, stop = stop, min(stop + self.chunking.frames, num_frames)
 
 
 class Autoencoder(Protocol):
@@ -140,24 +145,25 @@ class ReconstructionSource:
         device: torch.device | None = None,
     ) -> None:
         self._truth = truth
+        self.chunking = truth.chunking
         self._autoencoder = autoencoder
         self._stride = temporal_stride
         self._device = device or torch.device("cpu")
         self.about = {**truth.about, **about}
 
-    def generate(self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
+    def generate(self, scripts: Sequence[Script], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
         """The real clips' scenes, reconstructed."""
-        return (reconstruction for _, reconstruction in self.pairs(prompts, seeds, num_frames))
+        return (reconstruction for _, reconstruction in self.pairs(scripts, seeds, num_frames))
 
     def pairs(
-        self, prompts: Sequence[str], seeds: Sequence[int], num_frames: int
+        self, scripts: Sequence[Script], seeds: Sequence[int], num_frames: int
     ) -> Iterator[tuple[Frames, Frames]]:
         """Real chunks with their reconstructions, the last one filling its latent frame."""
-        size = (len(prompts), self._truth.height, self._truth.width)
+        size = (len(scripts), self._truth.height, self._truth.width)
         encode_state = self._autoencoder.init_encode_state(*size)
         decode_state = self._autoencoder.init_decode_state(*size)
         filled = 1 + -(-(num_frames - 1) // self._stride) * self._stride
-        for real_bthwc in self._truth.generate(prompts, seeds, filled):
+        for real_bthwc in self._truth.generate(scripts, seeds, filled):
             pixels = torch.from_numpy(real_bthwc).to(self._device).float() / 127.5 - 1
             with torch.inference_mode():
                 latents, encode_state = self._autoencoder.encode_chunk(pixels, encode_state)

@@ -73,3 +73,46 @@ def paired_difference(ours: Sequence[float | None], theirs: Sequence[float | Non
         return Estimate(value=None, low=None, high=None, num=0)
     low, high = bootstrap(known)
     return Estimate(value=float(np.mean(known)), low=low, high=high, num=len(known))
+
+
+def unpaired_difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Estimate:
+    """Mean of ours less mean of theirs, of different scenes, with the bootstrap over both.
+
+    Its `num` is the smaller of the two numbers of scenes.
+    """
+    mine, others = _known(ours), _known(theirs)
+    if not len(mine) or not len(others):
+        return Estimate(value=None, low=None, high=None, num=0)
+    rng = np.random.default_rng(BOOTSTRAP_SEED)
+    means = [
+        sample[rng.integers(0, len(sample), (NUM_RESAMPLES, len(sample)))].mean(axis=1)
+        for sample in (mine, others)
+    ]
+    low, high = np.percentile(means[0] - means[1], [2.5, 97.5])
+    value = float(mine.mean() - others.mean())
+    return Estimate(value=value, low=float(low), high=float(high), num=min(len(mine), len(others)))
+
+
+def paired_ratio(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Estimate:
+    """Mean of ours over mean of theirs, of the scenes where both are known, with the paired bootstrap.
+
+    Nothing where the mean of theirs is not positive.
+    """
+    pairs = [
+        (mine, other)
+        for mine, other in zip(ours, theirs, strict=True)
+        if mine is not None and other is not None and not math.isnan(mine) and not math.isnan(other)
+    ]
+    if not pairs or sum(other for _, other in pairs) <= 0:
+        return Estimate(value=None, low=None, high=None, num=0)
+    sample = np.asarray(pairs, np.float64)
+    indices = np.random.default_rng(BOOTSTRAP_SEED).integers(0, len(sample), (NUM_RESAMPLES, len(sample)))
+    means = sample[indices].mean(axis=1)
+    possible = means[means[:, 1] > 0]  # a resample may hold nothing but zeros
+    low, high = np.percentile(possible[:, 0] / possible[:, 1], [2.5, 97.5])
+    value = sample[:, 0].mean() / sample[:, 1].mean()
+    return Estimate(value=float(value), low=float(low), high=float(high), num=len(pairs))
+
+
+def _known(values: Sequence[float | None]) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    return np.array([value for value in values if value is not None and not math.isnan(value)], np.float64)

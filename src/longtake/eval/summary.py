@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Final
 
-import numpy as np
-
 from longtake.config import Config
+from longtake.eval.bars import TRUTH, Bar, bars_of
+from longtake.eval.diversity import SPREADS, Start, spreads
 from longtake.eval.runner import WorldEvalConfig
-from longtake.eval.score import METRICS, PROPORTIONS, Record
-from longtake.eval.stats import Estimate, estimate, paired_difference
+from longtake.eval.score import METRICS, PROPORTIONS, SHARES, Record
+from longtake.eval.stats import Estimate, estimate, paired_difference, paired_ratio, unpaired_difference
 from longtake.world import VERSION
 
-AUTOENCODER: Final = "vae"
-"""Name of the source whose colour errors bound the subject's."""
-BARS: Final[Mapping[str, float]] = {"present": 0.95, "colour": 0.90, "shape": 0.90, "background": 0.90}
-"""What a level must reach before the next one is climbed."""
-MAX_LOSS: Final = 0.05
-"""How far the mean of a long clip may fall below its first window, and how often it may freeze."""
-MAX_ERROR_RATIO: Final = 2.0
-"""Colours of the last window may be this many times as far off as the autoencoder's own."""
+RATIOS: Final[tuple[str, ...]] = ("speed_px", "change")
+"""Magnitudes that should be those of real clips of the same prompts; so should the spreads."""
 
 
 class SourceSummary(Config):
@@ -28,10 +22,11 @@ class SourceSummary(Config):
 
     Attributes:
         about: Its provenance.
-        metrics: Mean over scenes of every metric, and `diversity_px`: mean distance (pixels of 64) between
-            the first places of the object in videos of one prompt with different seeds.
+        metrics: Mean over scenes of every metric, and over prompts of the `diversity.SPREADS`.
         heldout: The same for prompts with a combination held out from training.
         seen: The same for the others.
+        generalization: Held out less seen, of the shares, unpaired; empty where either has no scenes.
+        ratios: `RATIOS` and spreads over those of real clips, paired by prompt; empty without real clips.
         windows: The metrics of each window of the clips, in order.
         drift: Last window less first window, paired by scene; empty for clips of one window.
     """
@@ -40,32 +35,10 @@ class SourceSummary(Config):
     metrics: dict[str, Estimate]
     heldout: dict[str, Estimate]
     seen: dict[str, Estimate]
+    generalization: dict[str, Estimate]
+    ratios: dict[str, Estimate]
     windows: tuple[dict[str, Estimate], ...]
     drift: dict[str, Estimate]
-
-
-class Bar(Config):
-    """A requirement and whether it is met.
-
-    Attributes:
-        metric: What is required of the subject.
-        required: The bound.
-        at_most: Whether it is an upper bound.
-        value: What was measured; None where nothing could be, which meets no requirement.
-        met: Whether the value keeps the bound.
-    """
-
-    metric: str
-    required: float
-    at_most: bool
-    value: float | None
-    met: bool
-
-    @classmethod
-    def of(cls, metric: str, value: float | None, required: float, at_most: bool = False) -> Bar:
-        """Compares a value with its bound."""
-        met = value is not None and (value <= required if at_most else value >= required)
-        return cls(metric=metric, required=required, at_most=at_most, value=value, met=met)
 
 
 class Summary(Config):
@@ -78,6 +51,7 @@ class Summary(Config):
         subject: Name of the source under evaluation; the others are ceilings.
         sources: Figures by source name.
         differences: The subject less each ceiling, paired by scene.
+        against: The subject's shares less those in another evaluation of it, unpaired; empty without one.
         bars: Requirements on the subject.
     """
 
@@ -87,6 +61,7 @@ class Summary(Config):
     subject: str
     sources: dict[str, SourceSummary]
     differences: dict[str, dict[str, Estimate]]
+    against: dict[str, Estimate]
     bars: tuple[Bar, ...]
 
 
@@ -95,6 +70,7 @@ def summarize(
     subject: str,
     records: Mapping[str, Sequence[Record]],
     about: Mapping[str, dict[str, str]],
+    other: Sequence[Record] = (),
 ) -> Summary:
     """Puts the records of the subject and its ceilings into tables.
 
@@ -103,14 +79,23 @@ def summarize(
         subject: Which source is under evaluation.
         records: By source, in job order.
         about: Provenance by source.
+        other: The subject's records in another evaluation, to compare with.
     """
     scenes = {name: [item for item in listed if item.kind == "scene"] for name, listed in records.items()}
     sources = {
         name: SourceSummary(
             about=about[name],
-            metrics={**_estimates(scenes[name]), "diversity_px": estimate(_spreads(listed))},
+            metrics={
+                **_estimates(scenes[name]),
+                **{key: estimate(_spreads(listed)[key]) for key in SPREADS},
+            },
             heldout=_estimates([item for item in scenes[name] if item.heldout]),
             seen=_estimates([item for item in scenes[name] if not item.heldout]),
+            generalization=_shortfall(
+                [item for item in scenes[name] if item.heldout],
+                [item for item in scenes[name] if not item.heldout],
+            ),
+            ratios=_ratios(listed, records[TRUTH]) if TRUTH in records else {},
             windows=_windows(scenes[name]),
             drift=_drift(scenes[name]),
         )
@@ -126,6 +111,7 @@ def summarize(
         for name, theirs in scenes.items()
         if name != subject
     }
+    against = _shortfall(scenes[subject], [item for item in other if item.kind == "scene"])
     return Summary(
         config=config,
         config_digest=config.digest(),
@@ -133,28 +119,35 @@ def summarize(
         subject=subject,
         sources=sources,
         differences=differences,
-        bars=_bars(subject, sources),
+        against=against,
+        bars=bars_of(config.level, subject, sources, scenes[subject], against),
     )
 
 
-def _bars(subject: str, sources: Mapping[str, SourceSummary]) -> tuple[Bar, ...]:
-    """Every clip's bars, and those of clips of several windows: no loss, no freezing, no drift of colours."""
-    ours = sources[subject]
-    bars = [Bar.of(metric, ours.metrics[metric].value, required) for metric, required in BARS.items()]
-    if len(ours.windows) < 2:
-        return tuple(bars)
-    for metric in BARS:
-        first, whole = ours.windows[0][metric].value, ours.metrics[metric].value
-        loss = None if first is None or whole is None else first - whole
-        bars.append(Bar.of(f"loss of {metric}", loss, MAX_LOSS, at_most=True))
-    bars.append(Bar.of("frozen", ours.metrics["frozen"].value, MAX_LOSS, at_most=True))
-    own = sources.get(AUTOENCODER)
-    for metric in ("background_error", "colour_error"):
-        bound = own.metrics[metric].value if own is not None else None
-        if bound is not None:
-            last = ours.windows[-1][metric].value
-            bars.append(Bar.of(f"last {metric}", last, MAX_ERROR_RATIO * bound, at_most=True))
-    return tuple(bars)
+def _shortfall(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Estimate]:
+    """Ours less theirs, of the shares; empty where either is."""
+    if not ours or not theirs:
+        return {}
+    return {
+        metric: unpaired_difference(
+            [item.scores[metric] for item in ours], [item.scores[metric] for item in theirs]
+        )
+        for metric in SHARES
+    }
+
+
+def _ratios(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Estimate]:
+    """`RATIOS` and spreads of two sources' records of the same jobs."""
+    pairs = [
+        (mine.scores, other.scores) for mine, other in zip(ours, theirs, strict=True) if mine.kind == "scene"
+    ]
+    found: dict[str, Estimate] = {
+        metric: paired_ratio([mine[metric] for mine, _ in pairs], [other[metric] for _, other in pairs])
+        for metric in RATIOS
+    }
+    mine, other = _spreads(ours), _spreads(theirs)
+    found |= {key: paired_ratio(mine[key], other[key]) for key in SPREADS}
+    return found
 
 
 def _estimates(scenes: Sequence[Record]) -> dict[str, Estimate]:
@@ -184,16 +177,13 @@ def _drift(scenes: Sequence[Record]) -> dict[str, Estimate]:
     }
 
 
-def _spreads(records: Sequence[Record]) -> list[float]:
-    """Mean pairwise distance of the first places of each repeated prompt."""
-    groups: dict[int, list[tuple[float, float]]] = {}
+def _spreads(records: Sequence[Record]) -> dict[str, list[float | None]]:
+    """The spreads of each repeated prompt, in the order of the prompts."""
+    groups: dict[int, list[Start]] = {}
     for item in records:
-        if item.kind == "diversity" and item.first_center is not None:
-            groups.setdefault(item.index, []).append(item.first_center)
-    spreads = []
-    for places in groups.values():
-        if len(places) > 1:
-            points = np.array(places)
-            distances = np.linalg.norm(points[:, None] - points, axis=-1)
-            spreads.append(float(distances[np.triu_indices(len(points), 1)].mean()))
-    return spreads
+        if item.kind == "diversity":
+            group = groups.setdefault(item.index, [])
+            if item.start is not None:
+                group.append(item.start)
+    found = [spreads(groups[index]) for index in sorted(groups)]
+    return {key: [values[key] for values in found] for key in SPREADS}

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from longtake.errors import ConfigError
+from longtake.eval.errors import EvalError
 from longtake.eval.lazy import pyplot
 from longtake.eval.report import write_report
 from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, merge, sheet_path
+from longtake.eval.score import Record
 from longtake.eval.source import VideoSource
 from longtake.eval.summary import Summary, summarize
 
@@ -23,6 +26,7 @@ def run_world_eval(
     out: Path,
     shard: Shard | None = None,
     progress: Progress | None = None,
+    against: Path | None = None,
 ) -> Summary | None:
     """Evaluates one shard of every source; the last shard to finish writes `summary.json` and the report.
 
@@ -34,14 +38,18 @@ def run_world_eval(
         out: Directory for records, summary and report.
         shard: Which part; all by default.
         progress: Told about every finished batch.
+        against: Directory of a finished evaluation of the same subject at the same level, as a rule with
+            another split, to compare with.
 
     Returns:
         The summary, or None while other shards are missing.
 
     Raises:
-        EvalError: `out` holds records of another evaluation, or matplotlib (extra `eval`) is missing.
+        EvalError: `out` holds records of another evaluation, `against` none of this subject, or matplotlib
+            (extra `eval`) is missing.
     """
     pyplot()  # a missing package is told before hours of work, not after
+    other = [] if against is None else _other(config, subject, against)
     sources = (subject, *ceilings)
     for source in sources:
         tell = None if progress is None else _bound(progress, source.name)
@@ -51,11 +59,37 @@ def run_world_eval(
     if len(complete) < len(sources):
         return None
     about = {source.name: source.about for source in sources}
-    summary = summarize(config, subject.name, complete, about)
+    summary = summarize(config, subject.name, complete, about, other)
     summary.dump(out / SUMMARY_NAME)
     sheets = {source.name: sheet_path(out, source.name) for source in sources}
     write_report(summary, out, {name: path for name, path in sheets.items() if path.exists()})
     return summary
+
+
+def _other(config: WorldEvalConfig, subject: VideoSource, out: Path) -> list[Record]:
+    """The subject's records of an evaluation in another directory."""
+    try:
+        finished = Summary.load(out / SUMMARY_NAME)
+    except ConfigError as error:
+        raise EvalError(
+            f"{str(out)!r} holds no finished evaluation to compare with: {error.problem}",
+            "give the --out of one that has ended",
+        ) from error
+    if finished.config.level != config.level:
+        raise EvalError(
+            f"{str(out)!r} is of level {finished.config.level}, and this one of level {config.level}",
+            "compare evaluations of one level",
+        )
+    theirs = finished.sources[finished.subject].about
+    if finished.subject != subject.name or theirs != subject.about:
+        raise EvalError(
+            f"{str(out)!r} is of {theirs}, and this one of {subject.about}",
+            "compare evaluations of one model",
+        )
+    records = merge(finished.config, subject, out)
+    if records is None:
+        raise EvalError(f"records are missing in {str(out)!r}", "run that evaluation again")
+    return records
 
 
 def _bound(progress: Progress, name: str) -> Callable[[int, int], None]:

@@ -1,0 +1,97 @@
+"""Files of records: a header line that says what they belong to, then one line of JSON per finished stream.
+
+A run that finds its file goes on where it stopped; a line cut off by a crash is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from longtake.config import Config
+from longtake.errors import ConfigError
+from longtake.eval.errors import EvalError
+
+RecordT = TypeVar("RecordT", bound=Config)
+
+
+class RecordFile(Generic[RecordT]):
+    """One file of records of one kind.
+
+    Args:
+        path: The file; its directory is created by `resume`.
+        kind: Class of the records.
+        header: What two runs must share for their records to be put together.
+    """
+
+    def __init__(self, path: Path, kind: type[RecordT], header: Mapping[str, object]) -> None:
+        self.path = path
+        self._kind = kind
+        self._header = header
+
+    def resume(self) -> list[RecordT]:
+        """Starts the file, or repairs it and gives the records that it holds.
+
+        Raises:
+            EvalError: The directory cannot be made, or the file holds other records.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EvalError(
+                f"cannot create the directory {str(self.path.parent)!r}: {error.strerror}",
+                "give another --out",
+            ) from error
+        records = self.read() if self.path.exists() else []
+        lines = [json.dumps(self._header), *(record.model_dump_json() for record in records)]
+        partial = self.path.with_suffix(".part")
+        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        partial.replace(self.path)
+        return records
+
+    def append(self, records: Iterable[RecordT]) -> None:
+        """Writes records through to the disk."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(record.model_dump_json() + "\n" for record in records)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self) -> list[RecordT]:
+        """The whole records of the file.
+
+        Raises:
+            EvalError: It is no file of records, or one of another evaluation.
+        """
+        header, lines = read_lines(self.path)
+        different = [name for name in self._header if header.get(name) != self._header[name]]
+        if different:
+            raise EvalError(
+                f"{str(self.path)!r} holds records with another {', '.join(different)}",
+                "use another --out or delete the file",
+            )
+        records = []
+        for number, line in enumerate(lines, start=2):
+            try:
+                records.append(self._kind.loads(line, source=f"{self.path}:{number}"))
+            except ConfigError as error:
+                raise EvalError(error.problem, f"delete line {number}") from error
+        return records
+
+
+def read_lines(path: Path) -> tuple[dict[str, object], list[str]]:
+    """Header and whole lines of a file of records.
+
+    Raises:
+        EvalError: It is no such file.
+    """
+    first, *lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        header = json.loads(first)
+    except ValueError as error:
+        raise EvalError(f"{str(path)!r} is no file of records", "use another --out") from error
+    if not isinstance(header, dict):
+        raise EvalError(f"{str(path)!r} is no file of records", "use another --out")
+    return header, lines[:-1]  # the last piece is empty, or was cut off
