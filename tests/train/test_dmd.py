@@ -9,7 +9,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.diffusion.sampler import context_pass, sample_chunk
 from longtake.errors import ConfigError
 from longtake.history.pure import PureHistory
-from longtake.train.dmd import DMDConfig, DMDTask
+from longtake.train.dmd import DMDConfig, DMDTask, _Script
 from toy_training import CAPTIONS, HISTORY, loop, networks
 
 SCHEDULE = Schedule(steps=(1000, 600, 300), shift=2.0)
@@ -20,6 +20,10 @@ def task(**settings: object) -> DMDTask:
     config = DMDConfig(loop=loop(4), num_clips=3, num_chunks=3).replace(**settings)
     shape = (4, 4, 4)
     return DMDTask(student, copy.deepcopy(student), HISTORY, SCHEDULE, config, CAPTIONS, CAPTIONS[:2], shape)
+
+
+def plain(captions: list[str]) -> _Script:
+    return _Script(captions, captions, switch=99)
 
 
 def touched(module: torch.nn.Module) -> dict[str, bool]:
@@ -60,7 +64,7 @@ def test_a_rollout_is_what_serving_would_make() -> None:
         for seed in range(100)
         if int(torch.randint(3, (1,), generator=torch.Generator().manual_seed(seed))) == 2
     )
-    chunks = matched._rollout(CAPTIONS, torch.Generator().manual_seed(seed), learn=False)
+    chunks = matched._rollout(plain(CAPTIONS), torch.Generator().manual_seed(seed), learn=False)
     generator = torch.Generator().manual_seed(seed)
     torch.randint(3, (1,), generator=generator)
     text = matched.module.encode(CAPTIONS)
@@ -74,9 +78,43 @@ def test_a_rollout_is_what_serving_would_make() -> None:
 
 
 @torch.no_grad()
+def test_a_prompt_switch_reaches_all_three_networks() -> None:
+    matched = task()
+    other = ["a green star"] * 3
+    made = [
+        matched._rollout(script, torch.Generator().manual_seed(1), learn=False)
+        for script in (plain(CAPTIONS), _Script(CAPTIONS, other, 1))
+    ]
+    assert torch.equal(made[0][0], made[1][0])
+    assert not torch.allclose(made[0][1][:2], made[1][1][:2], atol=1e-5)
+
+    losses = []
+    for after in (CAPTIONS, other):
+        matched._draw = lambda step, who, after=after: (  # type: ignore[method-assign,misc]
+            _Script(CAPTIONS, after, 2),
+            torch.Generator().manual_seed(5),
+        )
+        matched._rollout = lambda script, generator, learn: [  # type: ignore[method-assign,misc]
+            torch.ones(3, 2, 4, 4, 4) for _ in range(3)
+        ]
+        losses.append([float(loss(0, 0.0)[0]) for loss in (matched.generator_loss, matched.critic_loss)])
+    assert losses[0][1] != losses[1][1]  # the critic reads it
+    assert losses[0][0] != losses[1][0]  # so does the guided teacher, or the critic in the generator's loss
+
+
+def test_the_share_of_rollouts_that_switch() -> None:
+    matched = task(switch_share=0.5)
+    switches = [matched._draw(step, 0)[0].switch for step in range(200)]
+    assert set(switches) == {1, 2, 3}  # 3: no switch
+    assert 70 < sum(at < 3 for at in switches) < 130
+    never = task()
+    assert {never._draw(step, 0)[0].switch for step in range(20)} == {3}
+
+
+@torch.no_grad()
 def far(matched: DMDTask) -> float:
     """Mean distance of a rollout's last chunk from the teacher's picture."""
-    chunks = matched._rollout(CAPTIONS, torch.Generator().manual_seed(0), learn=False)
+    chunks = matched._rollout(plain(CAPTIONS), torch.Generator().manual_seed(0), learn=False)
     teacher = matched._guided_teacher(CAPTIONS)
     picture = teacher.predict(torch.randn(chunks[0].shape), torch.full((len(CAPTIONS),), 0.5))
     return float((chunks[-1] - picture).abs().mean())

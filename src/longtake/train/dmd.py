@@ -5,7 +5,7 @@ The generator rolls chunks out through its own history, as in serving, and stops
 the whole rollout; gradients flow through that step alone. The finished chunks are noised again, and two
 networks say where they should go: the frozen teacher, towards real clips of the caption, and a critic that
 follows the generator's own distribution, away from what is made too often. Both score chunk by chunk, each
-given the generated past.
+given the generated past. In some rollouts every prompt switches where a chunk begins, for all three networks.
 
 Legend: b rollouts, r = copies * b rows, f latent frames, c channels, h/w latent rows and columns.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,6 +41,9 @@ class DMDConfig(Config):
     num_chunks: int = Field(7, ge=1, description="chunks of a rollout")
     critic_updates: int = Field(5, ge=1, description="updates of the critic for one of the generator")
     num_critic_copies: int = Field(2, ge=1, description="noisy copies of each chunk for the critic")
+    switch_share: float = Field(
+        0.0, ge=0, le=1, description="share of steps in whose rollouts all prompts switch at a random chunk"
+    )
     guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
     score_shift: float = Field(3.0, gt=0, description="shift of the noise levels at which chunks are scored")
     min_score_sigma: float = Field(0.02, gt=0, lt=1)
@@ -61,6 +65,19 @@ class DMDConfig(Config):
                 "use for instance 0.02 and 0.98",
             )
         return self
+
+
+@dataclass(frozen=True)
+class _Script:
+    """The prompts of a batch of rollouts: `before`, and from chunk `switch` on `after`."""
+
+    before: list[str]
+    after: list[str]
+    switch: int
+
+    @property
+    def num_clips(self) -> int:
+        return len(self.before)
 
 
 class DMDTask:
@@ -125,15 +142,17 @@ class DMDTask:
 
     def generator_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Half the squared distance to where the difference of the scores points (DMD's surrogate)."""
-        captions, generator = self._draw(step, _GENERATOR)
-        chunks = self._rollout(captions, generator, learn=True)
-        size = self._shape[-2:]
+        script, generator = self._draw(step, _GENERATOR)
+        chunks = self._rollout(script, generator, learn=True)
         with torch.no_grad():
-            text = self.critic.encode(captions)
-        critic = Walk(self.critic.dit, self.history, text, len(captions), *size)
-        teacher = self._guided_teacher(captions)
+            critic = self._walk(self.critic, script.before)
+            teacher = self._guided_teacher(script.before)
         losses, sizes, moves = [], [], []
-        for chunk in chunks:
+        for index, chunk in enumerate(chunks):
+            if index == script.switch:
+                with torch.no_grad():
+                    critic.set_text(self.critic.encode(script.after))
+                    teacher.set_text(self._teacher.encode(script.after + [""] * script.num_clips))
             clean = chunk.detach()
             sigma = self._score_sigmas(len(clean), generator)
             noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
@@ -155,13 +174,14 @@ class DMDTask:
     def critic_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents on the generator's rollouts (flow matching)."""
         config = self.config
-        captions, generator = self._draw(step, _CRITIC)
+        script, generator = self._draw(step, _CRITIC)
         with torch.no_grad():
-            chunks = self._rollout(captions, generator, learn=False)
-        text = self.critic.encode(captions)
-        walk = Walk(self.critic.dit, self.history, text, len(captions), *self._shape[-2:])
+            chunks = self._rollout(script, generator, learn=False)
+        walk = self._walk(self.critic, script.before)
         losses = []
-        for clean in chunks:
+        for index, clean in enumerate(chunks):
+            if index == script.switch:
+                walk.set_text(self.critic.encode(script.after))
             target = clean.repeat(config.num_critic_copies, 1, 1, 1, 1)
             sigma = self._score_sigmas(len(target), generator)
             noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
@@ -175,23 +195,31 @@ class DMDTask:
         size, guidance = self._shape[-2:], self.config.guidance
         return GuidedWalk(self._teacher.dit, self.history, text, len(captions), guidance, *size)
 
-    def _draw(self, step: int, who: int) -> tuple[list[str], torch.Generator]:
-        rng = np.random.default_rng((self.config.loop.seed, step, who))
-        rows = rng.integers(len(self._captions), size=self.config.num_clips)
-        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
-        return [self._captions[int(row)] for row in rows], generator
+    def _walk(self, networks: TextToLatents, captions: list[str]) -> Walk:
+        return Walk(networks.dit, self.history, networks.encode(captions), len(captions), *self._shape[-2:])
 
-    def _rollout(self, captions: list[str], generator: torch.Generator, learn: bool) -> list[Tensor]:
+    def _draw(self, step: int, who: int) -> tuple[_Script, torch.Generator]:
+        config = self.config
+        rng = np.random.default_rng((config.loop.seed, step, who))
+        before, after = rng.integers(len(self._captions), size=(2, config.num_clips))
+        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        switches = config.num_chunks > 1 and rng.random() < config.switch_share
+        switch = 1 + int(rng.integers(config.num_chunks - 1)) if switches else config.num_chunks
+        texts = [[self._captions[int(row)] for row in rows] for rows in (before, after)]
+        return _Script(texts[0], texts[1], switch), generator
+
+    def _rollout(self, script: _Script, generator: torch.Generator, learn: bool) -> list[Tensor]:
         """Chunks [b,f,c,h,w] as serving would make them, but ending at one random step for all."""
         exit_step = int(torch.randint(len(self._sigmas), (1,), generator=generator))
-        text = self.module.encode(captions)
-        walk = Walk(self.module.dit, self.history, text, len(captions), *self._shape[-2:])
-        shape = (len(captions), *self._shape)
+        walk = self._walk(self.module, script.before)
+        shape = (script.num_clips, *self._shape)
         chunks = []
-        for _ in range(self.config.num_chunks):
+        for number in range(self.config.num_chunks):
+            if number == script.switch:
+                walk.set_text(self.module.encode(script.after))
             noisy = torch.randn(shape, generator=generator)
             for index in range(exit_step + 1):
-                sigma = torch.full((len(captions),), self._sigmas[index])
+                sigma = torch.full((script.num_clips,), self._sigmas[index])
                 with torch.set_grad_enabled(learn and index == exit_step):
                     clean = walk.predict(noisy, sigma)
                 if index < exit_step:
@@ -213,9 +241,7 @@ class DMDTask:
         """
         generator = torch.Generator().manual_seed(0)
         captions = list(self._held_out[:_NUM_EVALUATION_CLIPS])
-        size = self._shape[-2:]
-        walk = Walk(self.module.dit, self.history, self.module.encode(captions), len(captions), *size)
-        critic = Walk(self.critic.dit, self.history, self.critic.encode(captions), len(captions), *size)
+        walk, critic = self._walk(self.module, captions), self._walk(self.critic, captions)
         teacher = self._guided_teacher(captions)
         shape = (len(captions), *self._shape)
         moves: dict[str, list[float]] = {}
