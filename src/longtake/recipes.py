@@ -20,19 +20,21 @@ from longtake.train.run import Recipe
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig
 from longtake.world import FPS, WORDS
+from longtake.world.vocabulary import LEVELS
 
 _FIRST_SEED = 1 << 30
 _HELD_OUT_SEED = 1 << 40  # far from every training scene
+_MIXED_LEVELS = (1, 2, 1, 3)
 
 
 def tiny() -> Recipe:
-    """The model that ships: world level 1 at 64x64, 16 fps."""
-    vae_model = TinyVAEConfig()
+    """The model that ships: all levels of the world at 64x64, 16 fps."""
+    vae_model = TinyVAEConfig(fine_mixes=True)
     text_model = TinyTextConfig(words=WORDS, max_words=47)
     channels = vae_model.latent_channels
     return Recipe(
         name="tiny",
-        level=1,
+        level=3,
         vae_model=vae_model,
         text_model=text_model,
         dit_model=DiTConfig(
@@ -66,17 +68,25 @@ def tiny() -> Recipe:
             loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99),
             muon_learning_rate=2e-3,
             adamw_learning_rate=1.5e-3,
+            levels=_MIXED_LEVELS,
         ),
-        first_latents=LatentCacheConfig(first_seed=_FIRST_SEED, num_clips=16384, num_latent_frames=3),
-        latents=LatentCacheConfig(num_clips=4096, num_latent_frames=21),
+        first_latents=LatentCacheConfig(
+            first_seed=_FIRST_SEED, num_clips=16384, num_latent_frames=3, levels=_MIXED_LEVELS
+        ),
+        latents=LatentCacheConfig(num_latent_frames=21, levels=_MIXED_LEVELS),
         held_out=LatentCacheConfig(
-            first_seed=_HELD_OUT_SEED, num_clips=128, clips_per_shard=128, num_latent_frames=21
+            first_seed=_HELD_OUT_SEED,
+            num_clips=192,
+            clips_per_shard=192,
+            num_latent_frames=21,
+            levels=LEVELS,
         ),
         first=DiTTrainingConfig(
             loop=LoopConfig(num_steps=1200, decay_from=1.0, ema_decay=0.995),
             num_clips=0,
             num_first_clips=32,
             num_chunks=1,
+            sigma_shift=3.0,
             final_foreground_weight=3.0,
         ),
         windows=DiTTrainingConfig(
@@ -85,32 +95,77 @@ def tiny() -> Recipe:
             adamw_learning_rate=8e-4,
             num_clips=4,
             num_copies=4,
-            num_first_clips=12,
+            num_first_clips=16,
+            fresh_clips=True,
             sigma_shift=3.0,
             foreground_weight=3.0,
             final_foreground_weight=2.0,
         ),
-        trajectory=TrajectoryConfig(loop=LoopConfig(num_steps=200, decay_from=0.0, ema_decay=0.98)),
+        trajectory=TrajectoryConfig(
+            loop=LoopConfig(num_steps=200, decay_from=0.0, ema_decay=0.98), fresh_clips=True
+        ),
         dmd=DMDConfig(
             loop=LoopConfig(num_steps=240, decay_from=0.3, ema_decay=0.98),
             critic_updates=4,
+            switch_share=0.25,
             guidance=2.0,
             min_score_sigma=0.25,
         ),
         decoder=VAETrainingConfig(
-            loop=LoopConfig(num_steps=2400, decay_from=0.0, ema_decay=0.99),
-            muon_learning_rate=1e-3,
-            adamw_learning_rate=8e-4,
+            loop=LoopConfig(num_steps=3600, decay_from=0.0, ema_decay=0.995),
+            muon_learning_rate=7e-4,
+            adamw_learning_rate=6e-4,
+            num_clips=8,
             edge_weight=1.0,
             absolute_weight=0.02,
-            latent_noise=0.05,
+            levels=_MIXED_LEVELS,
+            difference_weight=1.0,
+            latent_noise=0.1,
             relative_error=True,
             freeze_encoder=True,
         ),
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny}
+def tiny_128() -> Recipe:
+    """The small model at 128x128, from the weights of the one at 64x64: four times the tokens, steps that are
+    a quarter as large, and few of them.
+    """
+    small = tiny()
+    caches = {
+        name: getattr(small, name).replace(height=128, width=128, num_clips=num_clips)
+        for name, num_clips in (("first_latents", 4096), ("latents", 4096), ("held_out", 96))
+    }
+    pixels = {"height": 128, "width": 128, "num_clips": 3}
+    return small.replace(
+        name="tiny-128",
+        warm_start="tiny",
+        stages=("vae", "latents", "windows", "trajectory", "dmd", "export"),
+        dit_model=small.dit_model.replace(spatial_embedding=(8, 8)),
+        stream=small.stream.replace(height=128, width=128),
+        vae=small.vae.replace(
+            loop=small.vae.loop.replace(num_steps=1200, decay_from=0.0),
+            muon_learning_rate=1e-3,
+            adamw_learning_rate=8e-4,
+            relative_error=True,
+            **pixels,
+        ),
+        **caches,
+        windows=small.windows.replace(
+            loop=small.windows.loop.replace(num_steps=1200),
+            muon_learning_rate=1e-3,
+            adamw_learning_rate=4e-4,
+            num_clips=2,
+            num_copies=3,
+            num_first_clips=6,
+        ),
+        trajectory=small.trajectory.replace(num_clips=1, num_first_clips=4),
+        dmd=small.dmd.replace(num_clips=4),
+        decoder=small.decoder.replace(**pixels),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "tiny-128": tiny_128}
 
 
 def get_recipe(name: str) -> Recipe:

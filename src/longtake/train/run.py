@@ -194,10 +194,12 @@ def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, 
     vae = networks.require_vae()
     encoding = {name: t for name, t in vae.state_dict().items() if not name.startswith("decoder.")}
     digest = weights_digest(encoding)
-    build_cache(vae, recipe.held_out, out / "held_out", digest)
-    build_cache(vae, recipe.first_latents, out / "first_latents", digest)
-    build_cache(vae, recipe.latents, out / "latents", digest)
-    return {"clips": float(recipe.first_latents.num_clips + recipe.latents.num_clips)}
+    caches = {"held_out": recipe.held_out, "first_latents": recipe.first_latents}
+    if any(stage.num_clips > 0 and not stage.fresh_clips for stage in (recipe.windows, recipe.trajectory)):
+        caches["latents"] = recipe.latents
+    for name, config in caches.items():
+        build_cache(vae, config, out / name, digest)
+    return {"clips": float(sum(config.num_clips for config in caches.values()))}
 
 
 def _train_dit(
