@@ -99,3 +99,15 @@ def test_guidance_moves_away_from_the_negative() -> None:
         torch.testing.assert_close(
             guided.select([0]).layers[1]["v"], alone.layers[1]["v"], atol=1e-5, rtol=1e-5
         )
+
+
+def test_a_schedule_of_another_length_is_even() -> None:
+    own = Schedule(steps=(1000, 800, 550, 250), shift=3.0)
+    assert own.with_num_steps(4) is own
+    assert own.with_num_steps(2).steps == (1000, 500)
+    fine = own.with_num_steps(32)
+    assert len(fine.steps) == 32
+    assert fine.steps[:2] == (1000, 969)
+    assert fine.shift == 3.0
+    with pytest.raises(ConfigError, match="num_steps=1001"):
+        own.with_num_steps(1001)

@@ -224,10 +224,8 @@ def _configured(pipeline: Pipeline, arguments: Arguments) -> Pipeline:
         for name, value in (("height", arguments.height), ("width", arguments.width), ("fps", arguments.fps))
         if value is not None
     }
-    if arguments.num_inference_steps not in (None, len(pipeline.config.schedule.steps)):
-        count = arguments.num_inference_steps
-        steps = tuple(round(1000 * (count - step) / count) for step in range(count))
-        changes["schedule"] = pipeline.config.schedule.replace(steps=steps)
+    if arguments.num_inference_steps is not None:
+        changes["schedule"] = pipeline.config.schedule.with_num_steps(arguments.num_inference_steps)
     if arguments.guidance_scale is not None:
         changes["guidance"] = None if arguments.guidance_scale == 1 else arguments.guidance_scale
     if arguments.negative_prompt:

@@ -70,6 +70,19 @@ class Schedule(Config):
             )
         return self
 
+    def with_num_steps(self, num_steps: int) -> Schedule:
+        """The same schedule where it has that many steps already, else one of `num_steps` evenly spaced ones.
+
+        Raises:
+            ConfigError: not 1 to 1000 steps.
+        """
+        if num_steps == len(self.steps):
+            return self
+        if not 1 <= num_steps <= NUM_TRAIN_STEPS:
+            raise ConfigError(f"num_steps={num_steps} is not in 1..{NUM_TRAIN_STEPS}", "use for instance 4")
+        counted = range(num_steps)
+        return self.replace(steps=tuple(round(NUM_TRAIN_STEPS * (1 - i / num_steps)) for i in counted))
+
     def resolve(self) -> Steps:
         """The timesteps and noise levels to run."""
         if not self.warp:
