@@ -36,6 +36,9 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "train": Command("train a model by a named recipe; an interrupted run resumes", "longtake.cli.train"),
         "eval world": Command("score a model on the verifiable world", "longtake.cli.eval_world"),
         "eval vae": Command("measure what a model's autoencoder loses", "longtake.cli.eval_vae"),
+        "eval interactive": Command(
+            "score streams whose prompt keeps changing", "longtake.cli.eval_interactive"
+        ),
         "eval detectors": Command(
             "measure the world's detectors where truth is known", "longtake.cli.eval_detectors"
         ),

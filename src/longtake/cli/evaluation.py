@@ -58,6 +58,20 @@ def write_report(report: Config, path: Path) -> None:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}", "give another --out") from error
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory for results, before hours of work and not after.
+
+    Raises:
+        UsageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"cannot create the directory {str(path)!r}: {error.strerror}", "give another --out"
+        ) from error
+
+
 def print_estimates(columns: Mapping[str, Mapping[str, Estimate]]) -> None:
     """A table of metrics (rows) by source (columns), each value with its 95 % interval."""
     table = Table(box=None, header_style="bold")

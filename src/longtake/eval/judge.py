@@ -75,7 +75,9 @@ def judge(found: Detections, frames: Int64, wanted: Attributes, slots_sn: Int64)
     if wanted.panning:
         return _judge_panning(found, wanted, background_s)
     present_s = (found.num_objects == len(wanted.objects)).astype(np.float64)
-    colour_s, shape_s, size_s = (_right(values, slots_sn, asked) for values, asked in _asked(found, wanted))
+    colour_s, shape_s, size_s = (
+        _right(values, slots_sn, asked) for values, asked in asked_values(found, wanted)
+    )
     all_right_s = (present_s == 1) & (colour_s == 1) & (shape_s == 1) & (background_s == 1)
     return Judged(
         present=present_s,
@@ -143,7 +145,7 @@ def _covered(seen_s: Bool, near_s: Bool, frames: Int64) -> Bool:
 def _judge_panning(found: Detections, wanted: Attributes, background_s: Float64) -> Judged:
     """Every object seen whole must be one that the prompt names."""
     whole_sk = whole(found)
-    (colour_sk, colours), (shape_sk, shapes), (size_sk, sizes) = _asked(found, wanted)
+    (colour_sk, colours), (shape_sk, shapes), (size_sk, sizes) = asked_values(found, wanted)
     named_sk = np.zeros_like(whole_sk)
     for colour, shape in zip(colours, shapes, strict=True):
         named_sk |= (colour_sk == colour) & (shape_sk == shape)
@@ -170,7 +172,7 @@ def _share(right_sk: Bool, judged_sk: Bool) -> Float64:
     return share_s
 
 
-def _asked(found: Detections, wanted: Attributes) -> list[tuple[Int64, list[int | None]]]:
+def asked_values(found: Detections, wanted: Attributes) -> list[tuple[Int64, list[int | None]]]:
     """Detected values and asked ones of colour, shape and size."""
     return [
         (found.colour, [COLOURS.index(item.colour) if item.colour else None for item in wanted.objects]),
@@ -179,11 +181,18 @@ def _asked(found: Detections, wanted: Attributes) -> list[tuple[Int64, list[int 
     ]
 
 
-def _right(values_sk: Int64, slots_sn: Int64, expected: list[int | None]) -> Float64:
-    """Share of the expected objects whose attribute is right, [S]."""
-    hits = [
-        np.where(slots_sn[:, n] >= 0, values_sk[np.arange(len(values_sk)), slots_sn[:, n]] == value, False)
+def hits(values_sk: Int64, slots_sn: Int64, expected: list[int | None]) -> Bool:
+    """Which expected objects have their value, [S, M]; objects of which None is expected are left out."""
+    sample_s = np.arange(len(values_sk))
+    columns = [
+        np.where(slots_sn[:, n] >= 0, values_sk[sample_s, slots_sn[:, n]] == value, False)
         for n, value in enumerate(expected)
         if value is not None
     ]
-    return np.mean(hits, axis=0) if hits else np.ones(len(values_sk))
+    return np.stack(columns, axis=1) if columns else np.ones((len(values_sk), 0), bool)
+
+
+def _right(values_sk: Int64, slots_sn: Int64, expected: list[int | None]) -> Float64:
+    """Share of the expected objects whose attribute is right, [S]."""
+    hits_sm = hits(values_sk, slots_sn, expected)
+    return hits_sm.mean(axis=1) if hits_sm.shape[1] else np.ones(len(values_sk))

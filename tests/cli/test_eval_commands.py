@@ -1,0 +1,48 @@
+"""The evaluation commands beyond ``eval world``: arguments reach their configs, reports are written and
+told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from longtake.cli import eval_interactive, main
+from longtake.eval.interactive import InteractiveConfig
+from model_file import write_model
+
+
+def test_arguments_repeat_their_config_faithfully() -> None:
+    for name, field in InteractiveConfig.model_fields.items():
+        assert eval_interactive.Arguments.model_fields[name].default == field.default, name
+
+
+def test_interactive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    argv = ["--streams", "2", "--prompts", "2", "--seconds-each", "2", "--window", "keep"]
+    assert main(["eval", "interactive", *argv, "--model-path", str(model), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "truth: all arrives after 0 frames (0.00 s), 90 % within 0 frames" in told
+    assert "model: all arrives after never" in told
+    summary = json.loads((out / "interactive.json").read_text())
+    assert summary["sources"]["model"]["latency"]["all"]["never"]["value"] == 1
+    assert "window keep" in summary["sources"]["model"]["about"]["switches"]
+    assert main(["eval", "interactive", "--out", "/proc/none"]) == 2
+    assert "cannot create the directory" in capsys.readouterr().err
+
+
+def test_level_3_needs_time(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "world", "--level", "3", "--seconds", "10"]) == 2
+    assert "seconds=10 is too short for level 3" in capsys.readouterr().err
+
+
+def test_the_autoencoder_on_level_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model.safetensors", height=64, width=64)
+    report = tmp_path / "vae.json"
+    argv = ["--level", "3", "--scenes", "3", "--seconds", "5", "--model-path", str(model)]
+    assert main(["eval", "vae", *argv, "--out", str(report)]) == 0
+    assert "bars not met: PSNR" in capsys.readouterr().out
+    truth = json.loads(report.read_text())["truth"]
+    assert truth["background"]["value"] == truth["binding"]["value"] == 1.0
