@@ -3,12 +3,19 @@
 import torch
 
 import model_file
+from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
-from longtake.train.dit import TextToLatents
+from longtake.stream.pipeline import StreamConfig
+from longtake.train.dit import DiTTrainingConfig, TextToLatents
+from longtake.train.dmd import DMDConfig
+from longtake.train.latents import LatentCacheConfig
 from longtake.train.loop import LoopConfig
+from longtake.train.run import Recipe
+from longtake.train.trajectory import TrajectoryConfig
+from longtake.train.vae import VAETrainingConfig
 from longtake.world import WORDS
 
 TEXT = TinyTextConfig(words=WORDS, width=16, num_layers=1, num_heads=2)
@@ -41,3 +48,38 @@ def networks() -> TextToLatents:
         if "head.head" in name or "modulation" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return made
+
+
+def recipe() -> Recipe:
+    """All stages at 16x16 pixels, two or three steps each."""
+    cache = LatentCacheConfig(
+        num_clips=5, clips_per_shard=3, num_latent_frames=4, chunk_frames=2, height=16, width=16
+    )
+    return Recipe(
+        name="toy",
+        vae_model=VAE,
+        text_model=TEXT,
+        dit_model=DIT,
+        stream=StreamConfig(
+            height=16, width=16, history=HISTORY, schedule=Schedule(steps=(1000, 500), shift=1.0)
+        ),
+        vae=VAETrainingConfig(loop=loop(3), num_clips=2, num_latent_frames=2, height=16, width=16),
+        first_latents=cache.replace(first_seed=100, num_latent_frames=2),
+        latents=cache,
+        held_out=cache.replace(first_seed=200),
+        first=DiTTrainingConfig(loop=loop(2), num_clips=0, num_first_clips=3, num_chunks=1),
+        windows=DiTTrainingConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
+        trajectory=TrajectoryConfig(
+            loop=loop(2), num_clips=1, num_first_clips=2, num_chunks=2, steps_per_level=1
+        ),
+        dmd=DMDConfig(loop=loop(3), num_clips=2, num_chunks=3, critic_updates=2),
+        decoder=VAETrainingConfig(
+            loop=loop(2),
+            num_clips=2,
+            num_latent_frames=2,
+            height=16,
+            width=16,
+            freeze_encoder=True,
+            relative_error=True,
+        ),
+    )

@@ -15,7 +15,6 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
-from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.latents import (
@@ -32,41 +31,7 @@ from longtake.train.run import Recipe, train
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks
-from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks
-
-
-def recipe() -> Recipe:
-    cache = LatentCacheConfig(
-        num_clips=5, clips_per_shard=3, num_latent_frames=4, chunk_frames=2, height=16, width=16
-    )
-    return Recipe(
-        name="toy",
-        vae_model=VAE,
-        text_model=TEXT,
-        dit_model=DIT,
-        stream=StreamConfig(
-            height=16, width=16, history=HISTORY, schedule=Schedule(steps=(1000, 500), shift=1.0)
-        ),
-        vae=VAETrainingConfig(loop=loop(3), num_clips=2, num_latent_frames=2, height=16, width=16),
-        first_latents=cache.replace(first_seed=100, num_latent_frames=2),
-        latents=cache,
-        held_out=cache.replace(first_seed=200),
-        first=DiTTrainingConfig(loop=loop(2), num_clips=0, num_first_clips=3, num_chunks=1),
-        windows=DiTTrainingConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
-        trajectory=TrajectoryConfig(
-            loop=loop(2), num_clips=1, num_first_clips=2, num_chunks=2, steps_per_level=1
-        ),
-        dmd=DMDConfig(loop=loop(3), num_clips=2, num_chunks=3, critic_updates=2),
-        decoder=VAETrainingConfig(
-            loop=loop(2),
-            num_clips=2,
-            num_latent_frames=2,
-            height=16,
-            width=16,
-            freeze_encoder=True,
-            relative_error=True,
-        ),
-    )
+from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks, recipe
 
 
 def dit_task(seed: int = 0) -> DiTTask:

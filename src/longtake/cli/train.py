@@ -32,6 +32,8 @@ class Arguments(Config):
         stop_after_seconds: stop each stage after this long, with a checkpoint to go on from.
         threads: CPU threads; torch's choice where it is left out.
         show: print the recipe with its changes as JSON, and train nothing.
+        dry_run: print what each stage will take (parameters, memory, FLOPs), and train nothing.
+        memory_gb: memory to count on, in GB (10^9 bytes); what is available here where it is left out.
     """
 
     recipe: Annotated[str, tyro.conf.Positional]
@@ -41,6 +43,8 @@ class Arguments(Config):
     stop_after_seconds: float | None = Field(None, gt=0)
     threads: int | None = Field(None, ge=1)
     show: bool = False
+    dry_run: bool = False
+    memory_gb: float | None = Field(None, gt=0)
 
 
 def run(arguments: Arguments) -> int:
@@ -48,6 +52,8 @@ def run(arguments: Arguments) -> int:
     import torch
 
     from longtake.recipes import get_recipe
+    from longtake.train.fit import this_machine
+    from longtake.train.plan import plan_lines
     from longtake.train.run import STAGES, train
 
     recipe = get_recipe(arguments.recipe)
@@ -65,6 +71,14 @@ def run(arguments: Arguments) -> int:
         print(recipe.dumps(), end="")
         return 0
     stages: tuple[Stage, ...] | None = tuple(s for s in recipe.stages if s in arguments.stage) or None
+    if arguments.dry_run:
+        machine = this_machine("cpu", arguments.memory_gb)
+        plans = [recipe.plan(stage, machine) for stage in stages or recipe.stages]
+        for plan in plans:
+            if plan is not None:
+                print("\n".join(plan_lines(plan)))
+        recipe.check(stages or recipe.stages, machine)
+        return 0
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     out = arguments.out or Path("runs") / recipe.name
@@ -75,7 +89,7 @@ def run(arguments: Arguments) -> int:
             f"cannot create the directory {str(out)!r}: {error.strerror}", "give another --out"
         ) from error
     recipe.dump(out / "recipe.json")
-    figures = train(recipe, out, stages, arguments.stop_after_seconds)
+    figures = train(recipe, out, stages, arguments.stop_after_seconds, arguments.memory_gb)
     for figure, amount in figures.items():
         print(f"{figure}: {amount:g}", file=sys.stderr)
     print(out)

@@ -76,6 +76,15 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
 
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the state of every parameter takes once each has had a gradient."""
+        total = 0
+        for group in self.param_groups:
+            numbers = 1 if group["kind"] == "muon" else 1 + (group["betas"][0] > 0)
+            total += numbers * sum(parameter.nbytes for parameter in group["params"])
+        return total
+
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -19,10 +19,13 @@ from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.bundle import ModelCard, load_networks, resolve_model, save_model
 from longtake.stream.pipeline import StreamConfig
+from longtake.train.checks import check_parts, plan_of
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
+from longtake.train.fit import check_fits, this_machine
 from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheConfig, build_cache, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.plan import Machine, StagePlan
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
@@ -89,12 +92,30 @@ class Recipe(Config):
             stream=self.stream,
         )
 
+    def plan(self, stage: str, machine: Machine) -> StagePlan | None:
+        """What a stage will take on a machine; None where it trains nothing."""
+        return plan_of(self, stage, machine)
+
+    def check(self, stages: Sequence[str], machine: Machine) -> None:
+        """Refuse stages that cannot be trained on a machine, before they are.
+
+        Raises:
+            ConfigError: settings that do not fit each other.
+            TrainingError: more memory is needed than there is, with settings that need less.
+        """
+        check_parts(self, stages)
+        for stage in stages:
+            plan = self.plan(stage, machine)
+            if plan is not None:
+                check_fits(self, stage, plan, machine)
+
 
 def train(
     recipe: Recipe,
     out: Path,
     stages: tuple[Stage, ...] | None = None,
     stop_after_seconds: float | None = None,
+    memory_gb: float | None = None,
 ) -> dict[str, float]:
     """Run a recipe's stages, going on where `out` shows an earlier run stopped.
 
@@ -103,13 +124,16 @@ def train(
         out: one folder per stage with checkpoint, log and weights, and `NAME.safetensors` at the end.
         stages: a part of the recipe's stages; those before must have left their weights in `out`.
         stop_after_seconds: per stage; a stage that stops early ends the run, to be resumed later.
+        memory_gb: that training may count on; what this machine has available where None.
 
     Returns:
         the last stage's evaluation.
 
     Raises:
-        TrainingError: a stage's predecessor is missing, or the loss diverged.
+        ConfigError: settings that do not fit each other.
+        TrainingError: a stage does not fit into memory, its predecessor is missing, or the loss diverged.
     """
+    recipe.check(stages or recipe.stages, this_machine("cpu", memory_gb))
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
     actions: dict[Stage, Callable[[], dict[str, float]]] = {

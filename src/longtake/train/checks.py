@@ -1,0 +1,143 @@
+"""Whether the parts of a small model's recipe fit each other, and what its stages will take."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from longtake.errors import ConfigError
+from longtake.train.fit import check_multiple
+from longtake.train.latents import LatentCacheConfig
+from longtake.train.plan import Machine, StagePlan
+from longtake.train.stage_plans import Sizes, plan_dit, plan_dmd, plan_trajectory, plan_vae
+
+if TYPE_CHECKING:
+    from longtake.train.run import Recipe
+
+_CACHES = ("first_latents", "latents", "held_out")
+_WALKING = ("first", "windows", "trajectory")  # stages that read clips
+
+
+def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
+    """The demands of a recipe's stage; None where it trains nothing."""
+    stride = recipe.vae_model.spatial_stride
+    sizes = Sizes(
+        recipe.vae_model,
+        recipe.text_model,
+        recipe.dit_model,
+        recipe.stream.history,
+        recipe.stream.schedule,
+        recipe.held_out.height // stride,
+        recipe.held_out.width // stride,
+    )
+    match stage:
+        case "vae":
+            return plan_vae(stage, recipe.vae_model, recipe.vae, machine)
+        case "decoder":
+            return plan_vae(stage, recipe.vae_model, recipe.decoder, machine)
+        case "first":
+            return plan_dit(stage, sizes, recipe.first, machine, _clip_bytes(recipe, stage))
+        case "windows":
+            return plan_dit(stage, sizes, recipe.windows, machine, _clip_bytes(recipe, stage))
+        case "trajectory":
+            return plan_trajectory(stage, sizes, recipe.trajectory, machine, _clip_bytes(recipe, stage))
+        case "dmd":
+            return plan_dmd(stage, sizes, recipe.dmd, machine, _clip_bytes(recipe, "windows"))
+        case _:
+            return None
+
+
+def _clip_bytes(recipe: Recipe, stage: str) -> int:
+    """Cached clips that a stage holds in memory: latents and foreground, in half precision."""
+    config, chunk_frames = getattr(recipe, stage), recipe.stream.history.chunk_frames
+    whole = config.num_chunks * chunk_frames
+    total = 0
+    for name, num_frames in (("first_latents", chunk_frames), ("latents", whole), ("held_out", whole)):
+        cache = getattr(recipe, name)
+        if name == "latents" and (config.num_clips == 0 or config.fresh_clips):
+            continue
+        cells = (cache.height // recipe.vae_model.spatial_stride) * (
+            cache.width // recipe.vae_model.spatial_stride
+        )
+        total += cache.num_clips * num_frames * cells * (recipe.vae_model.latent_channels + 1) * 2
+    return total
+
+
+def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
+    """Refuse what a stage would stumble over later.
+
+    Raises:
+        ConfigError: two settings that do not fit each other, with a change that mends it.
+    """
+    _check_networks(recipe)
+    _check_sizes(recipe, stages)
+    for stage in _WALKING:
+        if stage in stages:
+            _check_clips(recipe, stage)
+    if "dmd" in stages and recipe.dmd.critic_updates > recipe.dmd.loop.num_steps:
+        raise ConfigError(
+            f"dmd.critic_updates={recipe.dmd.critic_updates} exceeds "
+            f"dmd.loop.num_steps={recipe.dmd.loop.num_steps}: the generator would learn once",
+            "train longer or update the critic less often",
+        )
+
+
+def _check_networks(recipe: Recipe) -> None:
+    dit, text, channels = recipe.dit_model, recipe.text_model, recipe.vae_model.latent_channels
+    pairs = (
+        ("dit_model.text_width", dit.text_width, "text_model.width", text.width),
+        ("dit_model.text_length", dit.text_length, "text_model.max_words + 1", text.text_length),
+        ("dit_model.in_channels", dit.in_channels, "vae_model.latent_channels", channels),
+        ("dit_model.out_channels", dit.out_channels, "vae_model.latent_channels", channels),
+        ("dit_model.patch_size[0]", dit.patch_size[0], "the frames a history evicts at a time", 1),
+    )
+    for name, value, other, expected in pairs:
+        if value != expected:
+            raise ConfigError(f"{name}={value} does not fit {other}={expected}", "make them equal")
+
+
+def _check_sizes(recipe: Recipe, stages: Collection[str]) -> None:
+    stride = recipe.vae_model.spatial_stride
+    _, rows, columns = recipe.dit_model.patch_size
+    patches = (stride * rows, stride * columns)
+    why = f"which one token covers ({stride} pixels a latent cell)"
+    check_multiple("stream", recipe.stream.height, recipe.stream.width, patches, why)
+    for name in _CACHES:
+        cache = getattr(recipe, name)
+        check_multiple(name, cache.height, cache.width, patches, why)
+    for name in ("vae", "decoder"):
+        if name in stages:
+            config = getattr(recipe, name)
+            check_multiple(name, config.height, config.width, (stride, stride), "the autoencoder's stride")
+
+
+def _check_clips(recipe: Recipe, stage: str) -> None:
+    config, chunk_frames = getattr(recipe, stage), recipe.stream.history.chunk_frames
+    if config.num_clips == 0 and config.num_first_clips == 0:
+        raise ConfigError(
+            f"{stage}.num_clips=0 and {stage}.num_first_clips=0 leave nothing to learn from", "raise either"
+        )
+    needs = config.num_chunks * chunk_frames
+    demands = {"first_latents": chunk_frames, "latents": needs, "held_out": needs}
+    if config.num_clips == 0 or config.fresh_clips:
+        del demands["latents"]
+    for name, num_frames in demands.items():
+        cache = getattr(recipe, name)
+        if cache.num_latent_frames < num_frames:
+            raise ConfigError(
+                f"{name}.num_latent_frames={cache.num_latent_frames}, but {stage} walks {num_frames} frames "
+                f"of a clip",
+                f"set {name}.num_latent_frames={num_frames} or {stage}.num_chunks="
+                f"{cache.num_latent_frames // chunk_frames}",
+            )
+        if name != "held_out" and _overlap(cache, recipe.held_out):
+            raise ConfigError(
+                f"{name} and held_out share scenes: both hold seed "
+                f"{max(cache.first_seed, recipe.held_out.first_seed)}",
+                f"set held_out.first_seed={cache.first_seed + cache.num_clips} or more",
+            )
+
+
+def _overlap(one: LatentCacheConfig, other: LatentCacheConfig) -> bool:
+    ends = [cache.first_seed + cache.num_clips for cache in (one, other)]
+    return one.first_seed < ends[1] and other.first_seed < ends[0]

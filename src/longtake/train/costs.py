@@ -1,0 +1,308 @@
+"""What networks cost in training, counted from their shapes: FLOPs, and the bytes autograd keeps.
+
+A product of [m,k] and [k,n] counts 2mkn FLOPs, forward; its backward pass twice that. Elementwise work counts
+nothing. Kept bytes are those of the tensors that operations save for the backward pass, one by one as
+`models.layers` is written; tests hold both against torch's own counters.
+
+Legend: b clips, r rows of a forward pass, t own tokens, k keys, w width, f latent frames, l text tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from longtake.history.base import HistoryConfig
+from longtake.models.dit import DiTConfig
+from longtake.models.tiny_text import TinyTextConfig
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+
+_SINGLE, _HALF = 4, 2  # bytes
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How products are made.
+
+    Args:
+        half: under bf16 autocast; else in fp32.
+        keeps_scores: attention that gradients flow through keeps its score matrix, as `ops.attention` does
+            in bf16 on a CPU; fused kernels compute it again, which costs half a forward pass.
+    """
+
+    half: bool = False
+    keeps_scores: bool = False
+
+    @property
+    def product_bytes(self) -> int:
+        """Of a number that a product takes or makes."""
+        return _HALF if self.half else _SINGLE
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of some work: FLOPs, and bytes kept for a backward pass, as they are and where blocks are recomputed.
+
+    Args:
+        flops: of the forward and, where there is one, the backward pass.
+        recompute_flops: on top, where blocks are recomputed.
+        kept: bytes for the backward pass.
+        kept_recomputing: the same where blocks are recomputed; without the block that is, at any time, whole.
+        block: bytes of one block, which exist while it is recomputed.
+        working: bytes that a pass without gradients has at a time.
+        history: bytes of keys and values that the walk holds.
+    """
+
+    flops: float = 0.0
+    recompute_flops: float = 0.0
+    kept: float = 0.0
+    kept_recomputing: float = 0.0
+    block: float = 0.0
+    working: float = 0.0
+    history: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        """One after the other, both kept until a backward pass of both."""
+        return Cost(
+            self.flops + other.flops,
+            self.recompute_flops + other.recompute_flops,
+            self.kept + other.kept,
+            self.kept_recomputing + other.kept_recomputing,
+            max(self.block, other.block),
+            max(self.working, other.working),
+            self.history + other.history,
+        )
+
+    def beside(self, other: Cost) -> Cost:
+        """This work, while what the other holds of it is there too; its FLOPs are not counted here."""
+        return replace(self + other, flops=self.flops)
+
+    def times(self, count: float) -> Cost:
+        """The same pass without gradients so many times over."""
+        assert self.kept == 0, "what is kept adds up, pass by pass"
+        return replace(self, flops=self.flops * count)
+
+
+@dataclass(frozen=True)
+class DiTCosts:
+    """Of a DiT on chunks that read a history.
+
+    Args:
+        config: the network.
+        history: window, sink and chunk.
+        height, width: of the latents.
+        arithmetic: how products are made.
+    """
+
+    config: DiTConfig
+    history: HistoryConfig
+    height: int
+    width: int
+    arithmetic: Arithmetic = field(default_factory=Arithmetic)
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of a latent frame."""
+        _, rows, columns = self.config.patch_size
+        return (self.height // rows) * (self.width // columns)
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens of a chunk."""
+        return self.history.chunk_frames * self.frame_tokens
+
+    def past_tokens(self, chunk: int) -> int:
+        """Tokens of the history that a stream's chunk (from 0) reads."""
+        past = chunk * self.history.chunk_frames
+        if self.history.local_frames is not None:
+            sink = min(past, self.history.sink_frames)
+            past = sink + min(past - sink, self.history.local_frames)
+        return past * self.frame_tokens
+
+    def kept_rows(self, rows: int, chunk: int) -> int:
+        """Of rows that a walk without gradients commits, those that its window still holds at the end."""
+        window = self.history.window_frames
+        held = window is None or chunk * self.history.chunk_frames < window
+        return rows if held else 0
+
+    @property
+    def _num_cross(self) -> int:
+        return sum(self.config.has_cross_attention(layer) for layer in range(self.config.num_layers))
+
+    @property
+    def _patch_values(self) -> int:
+        frames, rows, columns = self.config.patch_size
+        return frames * rows * columns
+
+    def text(self, rows: int, learns: bool) -> Cost:
+        """`DiT.encode_text` of some prompts."""
+        config = self.config
+        tokens, width = rows * config.text_length, config.width
+        flops = 2 * tokens * width * (config.text_width + width)
+        flops += self._num_cross * 4 * tokens * width**2 + (2 * rows * width**2 if config.pooled_text else 0)
+        if not learns:
+            return Cost(flops=flops)
+        size = self.arithmetic.product_bytes
+        norm = self._norm_bytes if config.qk_norm else 0.0
+        kept = tokens * width * (3 * size + self._num_cross * (2 * size + norm))
+        return Cost(flops=3 * flops, kept=kept, kept_recomputing=kept)
+
+    def forward(self, rows: int, chunk: int, learns: bool = False, num_committed: int = 0) -> Cost:
+        """One pass over a chunk.
+
+        Args:
+            rows: r.
+            chunk: index in the stream, from 0, on which the length of the history depends.
+            learns: gradients are recorded, and the backward pass counts.
+            num_committed: rows whose keys and values the history takes in.
+        """
+        tokens = rows * self.chunk_tokens
+        blocks, attention = self._block_flops(rows, chunk)
+        edges, first = self._edge_flops(rows)
+        layers = self.config.num_layers
+        flops = layers * (blocks + attention) + edges + first
+        history = 0.0
+        if num_committed > 0:  # keys and values of all rows stay; those that count are there rotated as well
+            values = self.arithmetic.product_bytes
+            per_token = self.config.width * (_SINGLE + values)
+            committed = num_committed * self.chunk_tokens
+            history = layers * (tokens * per_token + committed * self.config.width * _SINGLE)
+        if not learns:
+            size, width = self.arithmetic.product_bytes, self.config.width
+            read = 2 * (self.past_tokens(chunk) / self.chunk_tokens + 1)
+            working = tokens * size * (width * (4 + read) + 2 * self.config.ffn_width)
+            return Cost(flops=flops, working=working, history=history)
+        score_passes = 2.0 if self.arithmetic.keeps_scores else 2.5
+        backward = layers * (2 * blocks + score_passes * attention) + 2 * edges + first
+        block = self._block_bytes(rows, chunk)
+        edge_bytes = self._edge_bytes(rows)
+        entrance = tokens * self.config.width * self.arithmetic.product_bytes
+        return Cost(
+            flops=flops + backward,
+            recompute_flops=layers * (blocks + attention),
+            kept=layers * block + edge_bytes,
+            kept_recomputing=layers * entrance + edge_bytes,
+            block=block,
+            history=history,
+        )
+
+    def _block_flops(self, rows: int, chunk: int) -> tuple[float, float]:
+        """A block's linear layers, and its attention."""
+        config = self.config
+        tokens, width = rows * self.chunk_tokens, config.width
+        share = self._num_cross / config.num_layers
+        linear = tokens * (8 * width**2 + 4 * width * config.ffn_width + share * 4 * width**2)
+        keys = self.past_tokens(chunk) + self.chunk_tokens + share * config.text_length
+        return linear, 4 * tokens * keys * width
+
+    def _edge_flops(self, rows: int) -> tuple[float, float]:
+        """What surrounds the blocks; the second are first layers, whose inputs need no gradient."""
+        config = self.config
+        width, frames = config.width, rows * self.history.chunk_frames
+        tokens = rows * self.chunk_tokens
+        embedding = 2 * tokens * self._patch_values * config.in_channels * width
+        embedding += 2 * frames * config.frequency_width * width
+        head = 2 * tokens * self._patch_values * config.out_channels * width
+        return 14 * frames * width**2 + head, embedding
+
+    @property
+    def _norm_bytes(self) -> float:
+        """What an RMS norm keeps per number: its input in fp32, and the normed input."""
+        return _SINGLE + self.arithmetic.product_bytes
+
+    def _block_bytes(self, rows: int, chunk: int) -> float:
+        """What a block keeps, the mean over blocks with and without cross-attention."""
+        config, size = self.config, self.arithmetic.product_bytes
+        width = config.width
+        # A modulated layer norm keeps its input and the normed input, both fp32 (in fp32 arithmetic the input
+        # is the residual stream itself), and what goes into the next product.
+        modulated = 2 * _SINGLE + size
+        norms = 2 * self._norm_bytes if config.qk_norm else 0.0
+        past = self.past_tokens(chunk)
+        read = (past + self.chunk_tokens) / self.chunk_tokens
+        scores = config.num_heads * _HALF if self.arithmetic.keeps_scores else 0
+        # Turned queries, output of attention and of its projection; keys and values read.
+        attention = width * (modulated + norms + 3 * size + 2 * read * size)
+        attention += scores * (past + self.chunk_tokens)
+        cross = width * (_SINGLE + size + norms / 2 + 2 * size) + scores * config.text_length
+        share = self._num_cross / config.num_layers
+        feed_forward = width * (modulated + size) + 2 * size * config.ffn_width
+        # Per frame: six modulations, and one plus each scale.
+        frames = 8 * width * _SINGLE / self.frame_tokens
+        text = share * rows * config.text_length * 2 * width * size
+        tokens = rows * self.chunk_tokens
+        return tokens * (attention + share * cross + feed_forward + frames) + text
+
+    def _edge_bytes(self, rows: int) -> float:
+        """What is kept outside the blocks: patches, embeddings, head, and the latents' error."""
+        config, size = self.config, self.arithmetic.product_bytes
+        tokens, frames = rows * self.chunk_tokens, rows * self.history.chunk_frames
+        latents = tokens * self._patch_values * config.out_channels
+        head = tokens * config.width * (2 * _SINGLE + size)
+        time = frames * config.width * 14 * _SINGLE
+        return head + time + latents * 2 * _SINGLE
+
+
+def text_encoder_cost(config: TinyTextConfig, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
+    """Of the small text encoder on some prompts."""
+    tokens, width = rows * config.text_length, config.width
+    per_layer = 16 * tokens * width**2 + 4 * tokens * config.text_length * width
+    flops = config.num_layers * per_layer
+    if not learns:
+        return Cost(flops=flops)
+    size = arithmetic.product_bytes
+    scores = config.num_heads * config.text_length * size
+    kept = tokens * config.num_layers * (width * (2 * _SINGLE + 10 * size) + scores)
+    return Cost(flops=3 * flops, kept=kept, kept_recomputing=kept)
+
+
+def vae_cost(
+    config: TinyVAEConfig,
+    frames: tuple[int, int, int, int],
+    arithmetic: Arithmetic,
+    learns_encoder: bool,
+    loss_numbers: int | None = None,
+) -> Cost:
+    """Of the small autoencoder, whose layers are run on shapes alone (torch's meta device) and counted.
+
+    Args:
+        config: the network.
+        frames: clips, latent frames of each, and height and width in pixels.
+        arithmetic: how products are made.
+        learns_encoder: gradients reach it; else they reach the decoder alone.
+        loss_numbers: kept by the loss for every pixel; None runs the encoder alone, which does not learn.
+    """
+    num_clips, num_latent_frames, height, width = frames
+    with torch.device("meta"):
+        vae = TinyVAE(config)
+        pixels = torch.empty(
+            num_clips,
+            1 + (num_latent_frames - 1) * config.temporal_stride,
+            height,
+            width,
+            config.pixel_channels,
+        )
+    weights = {parameter.untyped_storage()._cdata for parameter in vae.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with (
+        FlopCounterMode(display=False) as counter,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        with torch.set_grad_enabled(learns_encoder):
+            latents, _ = vae.encode_raw(pixels, vae.init_encode_state(num_clips, height, width))
+        if loss_numbers is not None:
+            decoded, _ = vae.decode_raw(latents, vae.init_decode_state(num_clips, height, width))
+            decoded.mean().backward()  # type: ignore[no-untyped-call]
+    layers = sum(kept.values()) * arithmetic.product_bytes / _SINGLE
+    errors = pixels[..., 0].numel() * _SINGLE * (loss_numbers or 0)
+    return Cost(flops=counter.get_total_flops(), kept=layers + errors, kept_recomputing=layers + errors)

@@ -1,0 +1,239 @@
+"""Plans of the stages that there are, each beside what its task does with a batch.
+
+Legend: b clips, r rows of a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from longtake.diffusion.flow import Schedule
+from longtake.history.base import HistoryConfig
+from longtake.models.dit import DiT, DiTConfig
+from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, vae_cost
+from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer
+from longtake.train.dmd import DMDConfig
+from longtake.train.loop import build_optimizer
+from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
+from longtake.train.trajectory import TrajectoryConfig
+from longtake.train.vae import VAETrainingConfig
+
+
+def on_meta(make: Callable[[], nn.Module], frozen: bool = False) -> nn.Module:
+    """A network that has shapes and no memory."""
+    with torch.device("meta"):
+        return make().requires_grad_(not frozen)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the small model's stages share.
+
+    Args:
+        vae, text, dit: its networks.
+        history: of the walks.
+        schedule: of few-step sampling.
+        height, width: of the latents.
+    """
+
+    vae: TinyVAEConfig
+    text: TinyTextConfig
+    dit: DiTConfig
+    history: HistoryConfig
+    schedule: Schedule
+    height: int
+    width: int
+
+    def networks(self, frozen: bool = False) -> TextToLatents:
+        """Text encoder and DiT on the meta device."""
+        with torch.device("meta"):
+            made = TextToLatents(TinyTextEncoder(self.text), DiT(self.dit))
+        return made.requires_grad_(not frozen)
+
+    def costs(self, arithmetic: Arithmetic) -> DiTCosts:
+        """Of the DiT's passes."""
+        return DiTCosts(self.dit, self.history, self.height, self.width, arithmetic)
+
+    def text_cost(self, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
+        """Of encoding prompts, to the end."""
+        encoder = text_encoder_cost(self.text, rows, learns, arithmetic)
+        return encoder + self.costs(arithmetic).text(rows, learns)
+
+
+def plan_vae(stage: str, model: TinyVAEConfig, config: VAETrainingConfig, machine: Machine) -> StagePlan:
+    """Of a stage that trains the small autoencoder."""
+    with torch.device("meta"):
+        module = TinyVAE(model)
+    module.encoder.requires_grad_(not config.freeze_encoder)
+    optimizer = build_optimizer(
+        module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+    )
+    arithmetic = machine.arithmetic(config.loop.precision)
+    frames = (config.num_clips, config.num_latent_frames, config.height, config.width)
+    errors = model.pixel_channels * (1 + (config.difference_weight > 0)) + 1  # and their weight
+    cost = vae_cost(model, frames, arithmetic, not config.freeze_encoder, errors)
+    phases = [Phase("reconstruction", cost)]
+    return plan_stage(stage, config.loop, {"vae": module}, [(module, optimizer)], phases, arithmetic)
+
+
+def plan_dit(
+    stage: str, sizes: Sizes, config: DiTTrainingConfig, machine: Machine, data_bytes: int
+) -> StagePlan:
+    """Of a stage of teacher forcing."""
+    arithmetic = machine.arithmetic(config.loop.precision)
+    costs = sizes.costs(arithmetic)
+    cost = Cost()
+    for count, num_chunks in ((config.num_first_clips, 1), (config.num_clips, config.num_chunks)):
+        if count > 0:
+            cost += sizes.text_cost(count, True, arithmetic)
+        for chunk in range(num_chunks if count > 0 else 0):
+            commits = count if chunk < num_chunks - 1 else 0
+            cost += costs.forward(config.num_copies * count + commits, chunk, True, commits)
+    module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
+    optimizer = dit_optimizer(
+        module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+    )
+    phases = [Phase("walks", cost), *_fresh_clips(sizes, config, arithmetic)]
+    networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
+    return plan_stage(stage, config.loop, networks, [(module, optimizer)], phases, arithmetic, data_bytes)
+
+
+def plan_trajectory(
+    stage: str, sizes: Sizes, config: TrajectoryConfig, machine: Machine, data_bytes: int
+) -> StagePlan:
+    """Of trajectory distillation."""
+    arithmetic = machine.arithmetic(config.loop.precision)
+    costs, num_levels = sizes.costs(arithmetic), len(sizes.schedule.steps)
+    student, teacher = Cost(), Cost()
+    for count, num_chunks in ((config.num_first_clips, 1), (config.num_clips, config.num_chunks)):
+        if count > 0:
+            student += sizes.text_cost(count, True, arithmetic)
+            teacher += sizes.text_cost(2 * count, False, arithmetic)
+        for chunk in range(num_chunks if count > 0 else 0):
+            commits = count if chunk < num_chunks - 1 else 0
+            student += costs.forward(num_levels * count + commits, chunk, True, commits)
+            teacher += costs.forward(2 * count, chunk).times(num_levels * config.steps_per_level)
+            if commits:
+                teacher += costs.forward(2 * count, chunk, num_committed=costs.kept_rows(2 * count, chunk))
+    module, frozen, vae = sizes.networks(), sizes.networks(frozen=True), _frozen_vae(sizes)
+    optimizer = dit_optimizer(
+        module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+    )
+    # Both walk side by side, so that the teacher's keys and values are there beside what the student keeps.
+    phases = [
+        Phase("student", student.beside(teacher)),
+        Phase("teacher", Cost(flops=teacher.flops)),
+        *_fresh_clips(sizes, config, arithmetic),
+    ]
+    networks = {
+        "text": module.text,
+        "dit": module.dit,
+        "teacher text": frozen.text,
+        "teacher dit": frozen.dit,
+        "vae": vae,
+    }
+    return plan_stage(stage, config.loop, networks, [(module, optimizer)], phases, arithmetic, data_bytes)
+
+
+@dataclass(frozen=True)
+class Role:
+    """A network of distribution matching: what its passes and its prompts cost."""
+
+    costs: DiTCosts
+    text: Callable[[int, bool], Cost]
+
+
+def dmd_phases(
+    config: DMDConfig, schedule: Schedule, generator: Role, critic: Role, teacher: Role
+) -> list[Phase]:
+    """What distribution matching does with a batch, for whatever networks.
+
+    A rollout ends at a step drawn uniformly, so that on average (S + 1) / 2 of S denoising passes run, of
+    which the last of each chunk learns.
+    """
+    count, num_early = config.num_clips, (len(schedule.steps) - 1) / 2
+    rollout, learning = generator.text(count, False), generator.text(count, True)
+    scores = critic.text(count, False) + teacher.text(2 * count, False)
+    follows = critic.text(count, True)
+    for chunk in range(config.num_chunks):
+        plain = generator.costs.forward(count, chunk)
+        context = generator.costs.forward(count, chunk, num_committed=generator.costs.kept_rows(count, chunk))
+        rollout += plain.times(num_early + 1) + context
+        learning += plain.times(num_early) + context + generator.costs.forward(count, chunk, True)
+        for role, rows in ((critic, count), (teacher, 2 * count)):
+            scores += role.costs.forward(2 * rows, chunk, num_committed=role.costs.kept_rows(rows, chunk))
+        follows += critic.costs.forward((config.num_critic_copies + 1) * count, chunk, True, count)
+    every = config.critic_updates
+    return [
+        Phase("generator: rollout and backward", learning.beside(scores), every),
+        Phase("generator: scores", Cost(flops=scores.flops), every),
+        Phase("critic: rollout", Cost(flops=rollout.flops)),
+        Phase("critic: error and backward", follows.beside(rollout)),
+    ]
+
+
+def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data_bytes: int) -> StagePlan:
+    """Of distribution matching on the small model, all of whose networks are alike."""
+    arithmetic = machine.arithmetic(config.loop.precision)
+    role = Role(sizes.costs(arithmetic), lambda rows, learns: sizes.text_cost(rows, learns, arithmetic))
+    module, critic, frozen = sizes.networks(), sizes.networks(), sizes.networks(frozen=True)
+    precision = config.loop.precision
+    learners = [
+        (
+            module,
+            dit_optimizer(
+                module,
+                config.muon_learning_rate,
+                config.adamw_learning_rate,
+                precision,
+                config.momentum,
+            ),
+        ),
+        (
+            critic,
+            dit_optimizer(
+                critic,
+                config.critic_muon_learning_rate,
+                config.critic_adamw_learning_rate,
+                precision,
+            ),
+        ),
+    ]
+    networks = {
+        "generator text": module.text,
+        "generator dit": module.dit,
+        "critic text": critic.text,
+        "critic dit": critic.dit,
+        "teacher text": frozen.text,
+        "teacher dit": frozen.dit,
+        "vae": _frozen_vae(sizes),
+    }
+    phases = dmd_phases(config, sizes.schedule, role, role, role)
+    return plan_stage(stage, config.loop, networks, learners, phases, arithmetic, data_bytes)
+
+
+def _frozen_vae(sizes: Sizes) -> nn.Module:
+    return on_meta(lambda: TinyVAE(sizes.vae), frozen=True)
+
+
+def _fresh_clips(
+    sizes: Sizes, config: DiTTrainingConfig | TrajectoryConfig, arithmetic: Arithmetic
+) -> list[Phase]:
+    """Encoding what is rendered anew; rendering itself multiplies nothing."""
+    if not (config.fresh_clips and config.num_clips > 0):
+        return []
+    stride = sizes.vae.spatial_stride
+    frames = (
+        config.num_clips,
+        config.num_chunks * sizes.history.chunk_frames,
+        sizes.height * stride,
+        sizes.width * stride,
+    )
+    cost = vae_cost(sizes.vae, frames, arithmetic, learns_encoder=False)
+    return [Phase("encoding of fresh clips", cost)]

@@ -1,0 +1,265 @@
+"""Plans against what training really takes, and refusals that say what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from longtake.cli import main
+from longtake.errors import ConfigError, TrainingError
+from longtake.models.tiny_vae import TinyVAE
+from longtake.recipes import RECIPES, get_recipe
+from longtake.train.dit import DiTTask
+from longtake.train.dmd import DMDTask
+from longtake.train.fit import this_machine
+from longtake.train.latents import Clips
+from longtake.train.loop import Learner, WeightAverage
+from longtake.train.plan import Machine, StagePlan, plan_lines
+from longtake.train.run import Recipe, train
+from longtake.train.trajectory import TrajectoryTask
+from longtake.train.vae import VAETask
+from toy_training import CAPTIONS, networks, recipe
+
+PLENTY = Machine("cpu", 10**15)
+Loss = Callable[[int, float], tuple[Tensor, dict[str, float]]]
+
+
+def toy(precision: str = "fp32", **changes: dict[str, object]) -> Recipe:
+    """The toy recipe at 32x32, so that a frame has four tokens."""
+    made = recipe()
+    size = {"height": 32, "width": 32}
+    caches = {name: getattr(made, name).replace(**size) for name in ("first_latents", "latents", "held_out")}
+    made = made.replace(stream=made.stream.replace(**size), **caches)
+    for stage in ("vae", "first", "windows", "trajectory", "dmd", "decoder"):
+        config = getattr(made, stage)
+        settings = {"loop": config.loop.replace(precision=precision), **changes.get(stage, {})}
+        made = made.replace(**{stage: config.replace(**settings)})
+    return made
+
+
+def clips() -> Clips:
+    torch.manual_seed(0)
+    prompts = tuple(((0, caption),) for caption in CAPTIONS)
+    return Clips(
+        torch.randn(3, 6, 4, 4, 4).half(), torch.rand(3, 6, 4, 4).half(), prompts, (True,) * 3, (1,) * 3
+    )
+
+
+def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VAETask:
+    history, schedule, some = made.stream.history, made.stream.schedule, clips()
+    if stage in ("vae", "decoder"):
+        return VAETask(TinyVAE(made.vae_model), getattr(made, stage))
+    if stage == "trajectory":
+        return TrajectoryTask(networks(), networks(), history, schedule, made.trajectory, some, some, some)
+    if stage == "dmd":
+        return DMDTask(networks(), networks(), history, schedule, made.dmd, CAPTIONS, CAPTIONS, (4, 4, 4))
+    return DiTTask(networks(), history, getattr(made, stage), some, some, some)
+
+
+def counter() -> FlopCounterMode:
+    """torch's counter, which does not know the CPU's fused attention."""
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
+        return int(sdpa_flop_count(q, k, v))
+
+    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
+        return int(sdpa_backward_flop_count(grad, q, k, v))
+
+    ops = torch.ops.aten
+    mapping = {
+        ops._scaled_dot_product_flash_attention_for_cpu: forward,
+        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def measured(learner: Learner, modules: list[nn.Module], draw: int, half: bool) -> tuple[int, int]:
+    """FLOPs of a loss with its backward pass, and bytes that autograd kept beside weights."""
+    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with counter() as count:
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
+        ):
+            loss, _ = learner.loss(draw, 0.5)
+        num_bytes = sum(kept.values())
+        loss.backward()  # type: ignore[no-untyped-call]
+    return count.get_total_flops(), num_bytes
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", ["vae", "decoder", "first", "windows", "trajectory"])
+def test_a_plan_foretells_what_a_step_takes(stage: str, precision: str) -> None:
+    made = toy(precision)
+    plan, task = made.plan(stage, PLENTY), task_of(made, stage)
+    assert plan is not None
+    flops, kept = measured(task.learners[""], [task.module], 0, precision == "bf16")
+    assert plan.flops_per_step == pytest.approx(flops, rel=0.05)
+    expected = plan.activations[0] + plan.fixed.get("bf16 copies of weights", 0)
+    assert expected == pytest.approx(kept, rel=0.25)
+
+
+@pytest.mark.parametrize("learner", ["generator", "critic"])
+def test_a_plan_expects_the_mean_exit_of_rollouts(learner: str) -> None:
+    made = toy(dmd={"critic_updates": 1})
+    plan, task = made.plan("dmd", PLENTY), task_of(made, "dmd")
+    assert plan is not None
+    modules = [task.module, task.critic]  # type: ignore[union-attr]
+    by_exit = {measured(task.learners[learner], modules, draw, False) for draw in range(5)}
+    flops, kept = ({pair[i] for pair in by_exit} for i in (0, 1))
+    assert len(flops) == 2, "five draws of two exits hold both"
+    expected = sum(amount for name, amount in plan.flops.items() if name.startswith(learner))
+    assert expected == pytest.approx(sum(flops) / 2, rel=0.05)
+    assert plan.activations[0] > 0.9 * max(kept)
+
+
+def test_weights_state_and_averages_are_counted_to_the_byte() -> None:
+    made = toy()
+    plan, task = made.plan("dmd", PLENTY), task_of(made, "dmd")
+    assert plan is not None
+    assert isinstance(task, DMDTask)
+    vae = TinyVAE(made.vae_model)
+    held = [task.module, task.critic, task._teacher, vae]
+    assert plan.fixed["weights"] == sum(t.nbytes for m in held for t in m.state_dict().values())
+    gradients = 0
+    for learner in task.learners.values():
+        learner.loss(0, 0.0)[0].backward()  # type: ignore[no-untyped-call]
+        gradients = max(
+            gradients, sum(p.grad.nbytes for p in learner.module.parameters() if p.grad is not None)
+        )
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+    assert plan.fixed["gradients"] == gradients
+    states = [s for each in task.learners.values() for s in each.optimizer.state.values()]
+    tensors = [tensor for state in states for tensor in state.values() if isinstance(tensor, Tensor)]
+    assert plan.fixed["optimizer state"] == sum(tensor.nbytes for tensor in tensors)
+    shadow = WeightAverage(task.module, 0.9).shadow
+    assert plan.fixed["averaged weights"] == sum(tensor.nbytes for tensor in shadow.values())
+    text = {network.name: (network.num_parameters, network.num_trained) for network in plan.networks}
+    size = sum(p.numel() for p in task.module.dit.parameters())
+    assert text["generator dit"] == text["critic dit"] == (size, size)
+    assert text["teacher dit"] == (size, 0)
+
+
+def windows(**changes: object) -> StagePlan:
+    plan = toy(windows=changes).plan("windows", PLENTY)
+    assert plan is not None
+    return plan
+
+
+def test_settings_do_to_a_plan_what_they_do_to_training() -> None:
+    base, loop = windows(), toy().windows.loop
+    twice = windows(loop=loop.replace(accumulation_steps=2))
+    assert twice.flops_per_step == 2 * base.flops_per_step
+    assert twice.num_bytes == base.num_bytes
+    again = windows(loop=loop.replace(recompute="blocks"))
+    assert 1.1 < again.flops_per_step / base.flops_per_step < 1.4  # one more forward pass of the blocks
+    assert again.by_batch["activations"] == base.activations[1] < base.activations[0]
+    assert base.fixed == again.fixed
+
+
+def test_lines_tell_the_plan() -> None:
+    plan = toy().plan("dmd", PLENTY)
+    assert plan is not None
+    lines = "\n".join(plan_lines(plan))
+    for words in (
+        "stage dmd, 3 steps",
+        "teacher dit",
+        "frozen",
+        "optimizer state",
+        "recompute none",
+        "in all steps",
+    ):
+        assert words in lines
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_plan_every_stage_that_trains(name: str) -> None:
+    made = get_recipe(name)
+    plans = {stage: made.plan(stage, PLENTY) for stage in made.stages}
+    assert [stage for stage, plan in plans.items() if plan is None] in ([], ["latents", "export"])
+
+
+def test_what_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    made = toy(windows={"num_clips": 4, "num_first_clips": 4})
+    total = made.plan("windows", PLENTY)
+    assert total is not None
+    roomy = Machine("cpu", round(total.num_bytes / 0.9) + 1)
+    made.check(["windows"], roomy)
+    with pytest.raises(TrainingError) as refused:
+        made.check(["windows"], Machine("cpu", round(total.num_bytes / 0.9) - 10))
+    text = str(refused.value)
+    assert f"stage windows takes {total.num_bytes / 1e6:.1f} MB (weights" in text
+    assert "--set windows.loop.recompute=blocks takes" in text
+    assert "--set windows.num_clips=2 --set windows.num_first_clips=2 --set windows.loop.accumul" in text
+    with pytest.raises(TrainingError, match=r"no setting makes it fit: .*shard over \d+ such devices"):
+        made.check(["windows"], Machine("cpu", total.num_bytes // 100))
+    with pytest.raises(TrainingError, match="stage vae takes"):
+        train(made, tmp_path, memory_gb=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_this_machine_has_memory() -> None:
+    assert this_machine().num_bytes > 1e8
+    assert this_machine("cuda", memory_gb=80) == Machine("cuda", 80_000_000_000)
+    if not torch.cuda.is_available():
+        with pytest.raises(TrainingError, match="--memory-gb"):
+            this_machine("cuda")
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "words"),
+    [
+        (
+            "windows",
+            {"num_chunks": 9},
+            r"latents.num_latent_frames=4, .*walks 18 .*set .*=18 or windows.num_chunks=2",
+        ),
+        ("windows", {"num_clips": 0, "num_first_clips": 0}, "leave nothing to learn from"),
+        ("dmd", {"critic_updates": 7}, r"dmd.critic_updates=7 exceeds dmd.loop.num_steps=3"),
+        ("vae", {"height": 20}, r"vae is 20x16, no multiple of 8x8.*use for instance 16x16"),
+        ("latents", {"width": 40}, r"latents is 32x40, no multiple of 16x16.*32x32"),
+        ("stream", {"height": 24}, r"stream is 24x32, no multiple of 16x16"),
+        (
+            "held_out",
+            {"first_seed": 2},
+            r"latents and held_out share scenes: both hold seed 2; set .*=5 or more",
+        ),
+        ("text_model", {"width": 8}, r"dit_model.text_width=16 does not fit text_model.width=8"),
+        (
+            "vae_model",
+            {"latent_channels": 3},
+            r"dit_model.in_channels=4 does not fit vae_model.latent_channels=3",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(stage: str, changes: dict[str, object], words: str) -> None:
+    made = toy()
+    made = made.replace(**{stage: getattr(made, stage).replace(**changes)})
+    with pytest.raises(ConfigError, match=words):
+        made.check(made.stages, PLENTY)
+
+
+def test_the_command_prints_plans_and_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny", "--dry-run", "--stage", "windows", "--memory-gb", "64"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("stage windows, ")
+    assert "walks" in out
+    assert main(["train", "tiny", "--dry-run", "--stage", "windows", "--memory-gb", "0.9"]) == 2
+    out, err = capsys.readouterr()
+    assert "stage windows" in out
+    assert "--set windows.loop.recompute=blocks takes" in err
+    assert err.count("\n") == 1
