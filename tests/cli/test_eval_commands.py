@@ -8,14 +8,31 @@ from pathlib import Path
 
 import pytest
 
-from longtake.cli import eval_interactive, main
+from longtake.cli import eval_gallery, eval_interactive, main
+from longtake.config import Config
+from longtake.eval.gallery import GalleryConfig
 from longtake.eval.interactive import InteractiveConfig
 from model_file import write_model
 
 
-def test_arguments_repeat_their_config_faithfully() -> None:
-    for name, field in InteractiveConfig.model_fields.items():
-        assert eval_interactive.Arguments.model_fields[name].default == field.default, name
+@pytest.mark.parametrize(
+    ("arguments", "config"),
+    [(eval_interactive.Arguments, InteractiveConfig), (eval_gallery.Arguments, GalleryConfig)],
+)
+def test_arguments_repeat_their_config_faithfully(arguments: type[Config], config: type[Config]) -> None:
+    for name, field in config.model_fields.items():
+        assert arguments.model_fields[name].default == field.default, name
+
+
+def test_gallery(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model.safetensors", height=64, width=64)
+    out = tmp_path / "out"
+    argv = ["--clips", "1", "--worst", "1", "--pool", "1", "--levels", "2"]
+    assert main(["eval", "gallery", *argv, "--model-path", str(model), "--out", str(out)]) == 0
+    assert f"{out}/README.md: 0." in capsys.readouterr().out
+    page = (out / "README.md").read_text()
+    assert "--levels 2 --clips 1 --worst 1" in page
+    assert "0 of 1 clips" in page
 
 
 def test_interactive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from longtake.eval.stats import bootstrap, estimate, paired_difference, wilson
+from longtake.eval.stats import (
+    bootstrap,
+    estimate,
+    paired_difference,
+    paired_ratio,
+    unpaired_difference,
+    wilson,
+)
 
 
 @pytest.mark.parametrize(
@@ -49,3 +56,25 @@ def test_paired_differences_see_what_pooled_ones_miss() -> None:
     assert difference.value == pytest.approx(-0.05, abs=0.01)
     assert estimate(ours.tolist()).high > estimate(theirs.tolist()).low  # type: ignore[operator]
     assert paired_difference([None, 1.0], [2.0, None]).num == 0
+
+
+def test_unpaired_differences_need_no_common_scenes() -> None:
+    rng = np.random.default_rng(3)
+    ours, theirs = rng.normal(1.0, 0.2, 60), rng.normal(1.1, 0.2, 90)
+    found = unpaired_difference(ours.tolist(), [*theirs.tolist(), None])
+    assert found.value == pytest.approx(ours.mean() - theirs.mean())
+    assert found.num == 60
+    assert found.low is not None
+    assert found.high is not None
+    # The normal approximation of the interval's width.
+    width = 2 * 1.96 * np.sqrt(ours.var() / 60 + theirs.var() / 90)
+    assert found.high - found.low == pytest.approx(width, rel=0.1)
+    assert unpaired_difference([], [1.0]).value is None
+
+
+def test_ratios_are_of_means() -> None:
+    found = paired_ratio([1.0, 3.0, None], [2.0, 2.0, 5.0])
+    assert (found.value, found.num) == (1.0, 2)
+    assert found.low is not None
+    assert found.low >= 0.5
+    assert paired_ratio([1.0], [0.0]).value is None

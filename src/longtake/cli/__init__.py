@@ -39,6 +39,9 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "eval interactive": Command(
             "score streams whose prompt keeps changing", "longtake.cli.eval_interactive"
         ),
+        "eval gallery": Command(
+            "write sample clips of a model next to real ones", "longtake.cli.eval_gallery"
+        ),
         "eval detectors": Command(
             "measure the world's detectors where truth is known", "longtake.cli.eval_detectors"
         ),

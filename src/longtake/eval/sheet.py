@@ -22,6 +22,8 @@ def contact_sheet(
     labels: Sequence[str] | None = None,
     scale: int = 2,
     gap: int = 2,
+    marked: Sequence[bool] | None = None,
+    levels: int = 256,
 ) -> None:
     """Writes a PNG with one row per clip, `columns` frames of it evenly spread in time.
 
@@ -29,9 +31,11 @@ def contact_sheet(
         clips: uint8 [T, H, W, 3] each, of one size.
         path: The file to write.
         columns: Frames per row; a shorter clip repeats frames.
-        labels: One line above each row; needs matplotlib (the `eval` extra) for its letters.
+        labels: Text above each row, one or more lines; needs matplotlib (the `eval` extra) for its letters.
         scale: Every pixel becomes a square of this many.
         gap: White pixels between frames.
+        marked: Rows whose label is red.
+        levels: Values that each channel is rounded to: 64 halve the file of a model's frames.
 
     Raises:
         EvalError: No clips, or clips of different sizes.
@@ -40,13 +44,15 @@ def contact_sheet(
     if len(sizes) != 1:
         raise EvalError(f"clips of sizes {sorted(sizes)} make no sheet", "give clips of one size")
     rows = []
+    step = 256 // levels
     for number, clip_thwc in enumerate(clips):
         times = np.linspace(0, len(clip_thwc) - 1, columns).round().astype(int)
-        frames = clip_thwc[times].repeat(scale, axis=1).repeat(scale, axis=2)
+        frames = (clip_thwc[times] // step * step + step // 2).repeat(scale, axis=1).repeat(scale, axis=2)
         padded = np.pad(frames, [(0, 0), (0, gap), (0, gap), (0, 0)], constant_values=255)
         row = np.concatenate(list(padded), axis=1)
         if labels is not None:
-            row = np.concatenate([_text(labels[number], row.shape[1]), row])
+            colour = "red" if marked is not None and marked[number] else "black"
+            row = np.concatenate([_text(labels[number], row.shape[1], colour), row])
         rows.append(row)
     path.write_bytes(encode_png(np.concatenate(rows)))
 
@@ -79,11 +85,12 @@ class SheetKeeper:
         contact_sheet(list(clips), path, columns=clips.shape[1], labels=labels[: len(clips)])
 
 
-def _text(line: str, width: int) -> Frames:
-    """A line of text as a picture of the given width, uint8 [16, W, 3]."""
-    height, dpi = 16, 100
+def _text(text: str, width: int, colour: str) -> Frames:
+    """Lines of text as a picture of the given width, uint8 [16 a line, W, 3]."""
+    height, dpi = 16 * len(text.splitlines()), 100
     figure = pyplot().figure(figsize=(width / dpi, height / dpi), dpi=dpi)
-    figure.text(2 / width, 0.25, line, fontsize=8)
+    for number, line in enumerate(text.splitlines(), start=1):
+        figure.text(2 / width, 1 - (16 * number - 4) / height, line, fontsize=8, color=colour)
     figure.canvas.draw()
     picture: Frames = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
     pyplot().close(figure)
