@@ -90,14 +90,19 @@ class FakeText(nn.Module):
         return []
 
 
-def small_pipeline(seed: int = 0, guidance: float | None = None, **history: Any) -> Pipeline:
-    """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2."""
+def small_pipeline(
+    seed: int = 0, guidance: float | None = None, opening: tuple[int, ...] | None = None, **history: Any
+) -> Pipeline:
+    """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2, ``opening``
+    gives chunks that open something steps of their own.
+    """
     window: dict[str, Any] = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2, **history}
     config = StreamConfig(
         height=2 * GRID[0],
         width=2 * GRID[1],
         history=HistoryConfig(**window),
         schedule=Schedule(steps=(1000, 500)),
+        opening_schedule=Schedule(steps=opening) if opening is not None else None,
         guidance=guidance,
         negative_prompt="bad",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
 from longtake.history.positions import Relative
 from longtake.io.checkpoints import read_safetensors, write_safetensors
@@ -29,6 +31,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"positions": Relative(f_max=9), "sink_frames": 3, "window_frames": 8, "chunk_frames": 3},
     {"guidance": 2.0},
     {"sink_frames": 0, "window_frames": 3},
+    {"opening": (1000, 800, 600, 400, 200)},
+    {"opening": (1000, 700, 300), "guidance": 1.5},
 ]
 
 
@@ -101,6 +105,26 @@ def test_batches_equal_solo_runs_joining_and_leaving(changes: dict[str, Any]) ->
     step([four])
     step([three, four])
     assert seen == {"one": 9, "two": 4, "three": 8, "four": 5}
+
+
+def test_chunks_that_open_something_take_the_opening_steps() -> None:
+    opening = (1000, 800, 600, 400, 200)
+    pipeline = small_pipeline(opening=opening)
+    calls: list[int] = []
+    pipeline.dit.register_forward_hook(lambda *_: calls.append(1))
+
+    def forwards(stream: Stream) -> tuple[Chunk, int]:
+        calls.clear()
+        return next(stream), len(calls)
+
+    stream = Stream(pipeline, "a red ball", 3)
+    (first, opened), (_, second), (_, third) = (forwards(stream) for _ in range(3))
+    assert (opened, second, third) == (6, 3, 3)  # the context pass is one of them
+    many = dataclasses.replace(pipeline, config=pipeline.config.replace(schedule=Schedule(steps=opening)))
+    assert_same(first, play(many, 1)[0])
+
+    stream.set_prompt("green square", window="keep")
+    assert [forwards(stream)[1] for _ in range(2)] == [6, 3]
 
 
 @pytest.mark.parametrize("changes", SETTINGS)

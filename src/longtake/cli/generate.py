@@ -226,6 +226,7 @@ def _configured(pipeline: Pipeline, arguments: Arguments) -> Pipeline:
     }
     if arguments.num_inference_steps is not None:
         changes["schedule"] = pipeline.config.schedule.with_num_steps(arguments.num_inference_steps)
+        changes["opening_schedule"] = None
     if arguments.guidance_scale is not None:
         changes["guidance"] = None if arguments.guidance_scale == 1 else arguments.guidance_scale
     if arguments.negative_prompt:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from longtake.diffusion.flow import Steps
 from longtake.diffusion.sampler import chunk_noise, context_pass, sample_chunk
 from longtake.errors import HistoryError, PromptError
 from longtake.history.records import CommitPlan
@@ -50,6 +51,8 @@ class Engine:
         blocks = self.history.num_blocks
         self.latents = torch.zeros(num_streams, blocks, *shape[1:], device=pipeline.device)
         self._steps = config.schedule.resolve()
+        opening = config.opening_schedule
+        self._opening_steps = self._steps if opening is None else opening.resolve()
         self._negative = pipeline.encode_prompt(config.negative_prompt) if self.guided else None
         self._streams: list[StreamState | None] = [None] * num_streams
         self._texts: tuple[list[TextContext], TextContext] | None = None
@@ -130,26 +133,19 @@ class Engine:
                     f"chunk {state.chunk} of a stream follows chunks that were not decoded",
                     "decode every chunk of a stream, or none",
                 )
+        opens = [state.chunk == 0 or state.pending is not None for state in states]
         for state in states:
             if state.pending is not None and state.pending_text is not None:
                 self._switch(state, state.pending, state.pending_text)
                 state.pending = state.pending_text = None
-        config = self.pipeline.config
-        slots = [state.slot for state in states]
-        rows = slots + [state.negative_slot for state in states if state.negative_slot is not None]
-        text = self._stacked([state.text for state in states])
-        view = self.history.view(rows)
-        noise = chunk_noise(
-            [state.seed for state in states],
-            [state.chunk for state in states],
-            len(self._steps.timesteps),
-            self.pipeline.latent_shape,
-        )
-        noise = [step.to(self.pipeline.device, non_blocking=True) for step in noise]
-        dit = self.pipeline.dit
-        clean = sample_chunk(dit, text, view, noise, self._steps, guidance=config.guidance)
-        plans = self.history.commit(context_pass(dit, text, view, clean, guided=self.guided), rows)
-        self._keep(clean, slots, plans[: len(slots)])
+        if all(opens) or not any(opens) or self._opening_steps == self._steps:
+            clean = self._generate(states, self._opening_steps if opens[0] else self._steps)
+        else:
+            opening = [row for row, opens_here in enumerate(opens) if opens_here]
+            going_on = [row for row, opens_here in enumerate(opens) if not opens_here]
+            clean = torch.empty(len(states), *self.pipeline.latent_shape, device=self.pipeline.device)
+            clean[opening] = self._generate([states[row] for row in opening], self._opening_steps)
+            clean[going_on] = self._generate([states[row] for row in going_on], self._steps)
         frames = self._decode(clean, states) if decode else [None] * len(states)
         chunks = []
         for state, latents, made in zip(states, clean, frames, strict=True):
@@ -161,6 +157,25 @@ class Engine:
         return chunks
 
     # ---- inside
+
+    def _generate(self, states: Sequence[StreamState], steps: Steps) -> Tensor:
+        """Clean latents of the streams' next chunks, committed to their histories."""
+        slots = [state.slot for state in states]
+        rows = slots + [state.negative_slot for state in states if state.negative_slot is not None]
+        text = self._stacked([state.text for state in states])
+        view = self.history.view(rows)
+        noise = chunk_noise(
+            [state.seed for state in states],
+            [state.chunk for state in states],
+            len(steps.timesteps),
+            self.pipeline.latent_shape,
+        )
+        noise = [step.to(self.pipeline.device, non_blocking=True) for step in noise]
+        dit, guidance = self.pipeline.dit, self.pipeline.config.guidance
+        clean = sample_chunk(dit, text, view, noise, steps, guidance=guidance)
+        plans = self.history.commit(context_pass(dit, text, view, clean, guided=self.guided), rows)
+        self._keep(clean, slots, plans[: len(slots)])
+        return clean
 
     def _switch(self, state: StreamState, switch: PromptSwitch, text: TextContext) -> None:
         """Put a prompt into force; encode again what the switch says, in one block-causal pass.

@@ -25,6 +25,8 @@ class StreamConfig(Config):
         fps: frames per second at which the video plays.
         history: window, sink, chunk and positions.
         schedule: denoising steps.
+        opening_schedule: denoising steps of a chunk that opens something, the first of a stream or the first
+            under a new prompt; there is nothing yet that it could be copied from. None for `schedule`.
         guidance: scale of classifier-free guidance, which doubles the cost; None for none.
         negative_prompt: what guidance leads away from.
     """
@@ -34,6 +36,7 @@ class StreamConfig(Config):
     fps: float = Field(default=16.0, gt=0)
     history: HistoryConfig = HistoryConfig()
     schedule: Schedule = Schedule()
+    opening_schedule: Schedule | None = None
     guidance: float | None = Field(default=None, ge=0)
     negative_prompt: str = ""
 
