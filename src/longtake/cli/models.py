@@ -59,11 +59,17 @@ def _row(path: Path, card: ModelCard) -> dict[str, Any]:
         "width": card.stream.width,
         "height": card.stream.height,
         "fps": card.stream.fps,
+        "opening_steps": len((card.stream.opening_schedule or card.stream.schedule).steps),
         "steps": len(card.stream.schedule.steps),
         "num_bytes": path.stat().st_size,
         "sha256": digest,
         "path": str(path),
     }
+
+
+def _steps(row: dict[str, Any]) -> str:
+    opening, steps = row["opening_steps"], row["steps"]
+    return str(steps) if opening == steps else f"{opening} to open, {steps}"
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
@@ -79,7 +85,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
             str(row["level"]),
             f"{row['num_bytes'] / 1e6:.1f} MB",
             f"{row['width']}x{row['height']} at {row['fps']:g} fps",
-            str(row["steps"]),
+            _steps(row),
             row["sha256"][:12],
             row["path"],
         )
