@@ -8,6 +8,7 @@ import torch
 from longtake.diffusion.flow import Schedule
 from longtake.diffusion.sampler import context_pass, sample_chunk
 from longtake.errors import ConfigError
+from longtake.history.base import HistoryView
 from longtake.history.pure import PureHistory
 from longtake.train.dmd import DMDConfig, DMDTask, _Script
 from toy_training import CAPTIONS, HISTORY, loop, networks
@@ -148,3 +149,64 @@ def test_the_generator_finds_what_the_teacher_shows() -> None:
 def test_a_range_of_noise_must_be_one() -> None:
     with pytest.raises(ConfigError, match=r"min_score_sigma=0\.9 is not below"):
         DMDConfig(min_score_sigma=0.9, max_score_sigma=0.5)
+
+
+def whole_clips() -> DMDTask:
+    return task(scores="clips", critic_error="flow", num_critic_copies=1, negative_prompt="a blue square")
+
+
+def test_bidirectional_models_score_the_clip_at_once() -> None:
+    """Teacher and critic see every frame of the rollout, all at one noise level."""
+    matched = whole_clips()
+    shapes: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+
+    def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor, object, HistoryView]) -> None:
+        x, times, _, view = inputs
+        levels = {tuple(row.tolist()) for row in times.unique(dim=1)}
+        shapes.append((tuple(x.shape), tuple(len(level) for level in levels), len(view.segments)))
+
+    matched._teacher.dit.register_forward_pre_hook(note)
+    loss, _ = matched.generator_loss(0, 0.0)
+    assert shapes == [((6, 6, 4, 4, 4), (1, 1, 1), 0)]  # three clips, with and without their caption
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert all(touched(matched.module).values())
+
+
+def test_flow_errors_are_errors_of_the_flow() -> None:
+    matched = whole_clips()
+    seen: list[torch.Tensor] = []
+    noisy: list[torch.Tensor] = []
+
+    def note(
+        module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: tuple[torch.Tensor, object]
+    ) -> None:
+        noisy.append(inputs[0].detach())
+        noisy.append(inputs[1][:, 0].detach() / 1000)
+        seen.append(output[0].detach())
+
+    matched.critic.dit.register_forward_hook(note)
+    loss, _ = matched.critic_loss(0, 0.0)
+    script, generator = matched._draw(0, 1)
+    clean = torch.cat(matched._rollout(script, generator, learn=False), dim=1).detach()
+    x, sigma = noisy[0], noisy[1].view(-1, 1, 1, 1, 1)
+    noise = (x - (1 - sigma) * clean) / sigma
+    expected = (seen[0] - (noise - clean)).square().mean()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_clips_have_one_prompt_each() -> None:
+    with pytest.raises(ConfigError, match=r"switch_share=0\.5 switches some"):
+        DMDConfig(scores="clips", switch_share=0.5)
+
+
+def test_recomputed_blocks_change_nothing() -> None:
+    plain, again = task(), task(loop=loop(4).replace(recompute="blocks"))
+    for name in ("generator", "critic"):
+        for matched in (plain, again):
+            matched.learners[name].loss(0, 0.0)[0].backward()  # type: ignore[no-untyped-call]
+        pairs = zip(
+            plain.learners[name].module.parameters(), again.learners[name].module.parameters(), strict=True
+        )
+        for ours, theirs in pairs:
+            assert ours.grad is not None
+            torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)

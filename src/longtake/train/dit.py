@@ -19,7 +19,8 @@ from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.latents import Clips, ClipSource, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
-from longtake.train.optim import MuonAdamW
+from longtake.train.optim import AdamWConfig, MuonAdamW
+from longtake.train.samples import SampleRollouts
 from longtake.train.walk import Walk, at_sigma, stratified
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
@@ -50,6 +51,7 @@ class DiTTrainingConfig(Config):
     context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
+    optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
 
 
 class TextToLatents(nn.Module):
@@ -72,10 +74,13 @@ def dit_optimizer(
     adamw_learning_rate: float,
     precision: Precision,
     momentum: float = 0.95,
+    only_adamw: AdamWConfig | None = None,
 ) -> MuonAdamW:
-    """Muon on the matrices between embeddings and output layer, AdamW on these."""
+    """Muon on the matrices between embeddings and output layer, AdamW on these, or AdamW on everything."""
     names = ("embedding", "position", "modulation", "head.head")
-    return build_optimizer(networks, muon_learning_rate, adamw_learning_rate, precision, names, momentum)
+    return build_optimizer(
+        networks, muon_learning_rate, adamw_learning_rate, precision, names, momentum, only_adamw
+    )
 
 
 class DiTTask:
@@ -88,6 +93,7 @@ class DiTTask:
         first_clips: source of clips of which only the first chunk is trained.
         clips: source of whole clips; None where the stage has none.
         held_out: for evaluation.
+        rollouts: what to show of the model at evaluations.
     """
 
     def __init__(
@@ -98,15 +104,21 @@ class DiTTask:
         first_clips: ClipSource,
         clips: ClipSource | None,
         held_out: Clips,
+        rollouts: SampleRollouts | None = None,
     ) -> None:
         self.module = module
+        self._rollouts = rollouts
         self.history = history
         self.config = config
         self.first_clips = first_clips
         self.clips = clips
         self.held_out = held_out
         self.optimizer = dit_optimizer(
-            module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+            module,
+            config.muon_learning_rate,
+            config.adamw_learning_rate,
+            config.loop.precision,
+            only_adamw=config.optimizer,
         )
         self.learners = {"": Learner(module, self.optimizer, self.loss)}
 
@@ -142,7 +154,8 @@ class DiTTask:
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
         captions = prompts_in_force(prompts, 0)
         text = self.module.encode(captions)
-        walk = Walk(self.module.dit, self.history, text, num_clips, *latents.shape[-2:])
+        recompute = config.loop.recompute == "blocks"
+        walk = Walk(self.module.dit, self.history, text, num_clips, *latents.shape[-2:], recompute=recompute)
         told = torch.tensor(clips.opens, dtype=torch.float32)
         results = []
         for chunk in range(num_chunks):
@@ -219,6 +232,10 @@ class DiTTask:
             if chunk < num_chunks - 1:
                 walk.commit(clean)
         return figures
+
+    def samples(self) -> Tensor | None:
+        """Rollouts, see `train.loop.Task`."""
+        return None if self._rollouts is None else self._rollouts(self.module.dit, self.module.text)
 
 
 def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:

@@ -5,7 +5,8 @@ The generator rolls chunks out through its own history, as in serving, and stops
 the whole rollout; gradients flow through that step alone. The finished chunks are noised again, and two
 networks say where they should go: the frozen teacher, towards real clips of the caption, and a critic that
 follows the generator's own distribution, away from what is made too often. Both score chunk by chunk, each
-given the generated past. In some rollouts every prompt switches where a chunk begins, for all three networks.
+given the generated past, or, where they are bidirectional models, the whole clip at one noise level. In some
+rollouts every prompt switches where a chunk begins, for all three networks.
 
 Legend: b rollouts, r = copies * b rows, f latent frames, c channels, h/w latent rows and columns.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,11 +27,13 @@ from longtake.config import Config
 from longtake.diffusion.flow import Schedule, shift_sigmas
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
+from longtake.history.positions import Absolute
 from longtake.train.dit import TextToLatents, dit_optimizer
 from longtake.train.loop import Learner, LoopConfig
+from longtake.train.optim import AdamWConfig
+from longtake.train.samples import SampleRollouts
 from longtake.train.walk import GuidedWalk, Walk, at_sigma, stratified
 
-_NUM_EVALUATION_CLIPS = 32
 _GENERATOR, _CRITIC = 0, 1
 
 
@@ -44,10 +48,18 @@ class DMDConfig(Config):
     switch_share: float = Field(
         0.0, ge=0, le=1, description="share of steps in whose rollouts all prompts switch at a random chunk"
     )
+    scores: Literal["chunks", "clips"] = Field(
+        "chunks",
+        description="chunks: teacher and critic are causal; clips: they see the whole rollout at once",
+    )
     guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
+    negative_prompt: str = Field("", description="what the teacher's guidance leads away from")
     score_shift: float = Field(3.0, gt=0, description="shift of the noise levels at which chunks are scored")
     min_score_sigma: float = Field(0.02, gt=0, lt=1)
     max_score_sigma: float = Field(0.98, gt=0, lt=1)
+    critic_error: Literal["clean", "flow"] = Field(
+        "clean", description="what the critic's squared error is of; published recipes take the flow's"
+    )
     min_weight_sigma: float = Field(
         0.25, gt=0, le=1, description="the critic's errors of clean latents weigh 1/max(sigma, this)"
     )
@@ -56,6 +68,11 @@ class DMDConfig(Config):
     adamw_learning_rate: float = Field(4e-5, gt=0)
     critic_muon_learning_rate: float = Field(1e-3, gt=0)
     critic_adamw_learning_rate: float = Field(4e-4, gt=0)
+    generator_optimizer: AdamWConfig | None = Field(
+        None, description="for everything, instead of Muon with AdamW"
+    )
+    critic_optimizer: AdamWConfig | None = Field(None, description="the same of the critic")
+    num_evaluation_clips: int = Field(32, ge=1, description="held-out captions rolled out at an evaluation")
 
     @model_validator(mode="after")
     def _has_room(self) -> DMDConfig:
@@ -64,7 +81,20 @@ class DMDConfig(Config):
                 f"min_score_sigma={self.min_score_sigma} is not below max_score_sigma={self.max_score_sigma}",
                 "use for instance 0.02 and 0.98",
             )
+        if self.scores == "clips" and self.switch_share > 0:
+            raise ConfigError(
+                f'scores="clips" shows a clip one prompt, and switch_share={self.switch_share} switches some',
+                'use switch_share=0 or scores="chunks"',
+            )
         return self
+
+
+def score_history(config: DMDConfig, history: HistoryConfig) -> HistoryConfig:
+    """What teacher and critic score by: the generator's history, or one chunk as long as the clip."""
+    if config.scores == "chunks":
+        return history
+    length = config.num_chunks * history.chunk_frames
+    return HistoryConfig(window_frames=None, sink_frames=0, chunk_frames=length, positions=Absolute())
 
 
 @dataclass(frozen=True)
@@ -85,13 +115,15 @@ class DMDTask:
 
     Args:
         module: the generator, which should make something sensible in few steps already.
-        teacher: the frozen multi-step model; the critic starts from it.
-        history: of all three.
+        teacher: the frozen multi-step model.
+        history: of all three, where scores go by chunks; else of the generator.
         schedule: the generator's denoising steps.
         config: the stage.
         captions: for training.
         held_out: captions for evaluation.
         latent_shape: of a latent frame, (channels, height, width).
+        critic: what follows the generator; a copy of the teacher where None.
+        rollouts: what to show of the generator at evaluations.
     """
 
     def __init__(
@@ -104,10 +136,16 @@ class DMDTask:
         captions: Sequence[str],
         held_out: Sequence[str],
         latent_shape: tuple[int, int, int],
+        critic: TextToLatents | None = None,
+        rollouts: SampleRollouts | None = None,
     ) -> None:
         self.module = module
-        self.critic = copy.deepcopy(teacher).requires_grad_(True)
+        self.critic = (copy.deepcopy(teacher) if critic is None else critic).requires_grad_(True)
         self.history = history
+        self._rollouts = rollouts
+        self._score_history = score_history(config, history)
+        self._device = module.dit.patch_embedding.weight.device
+        self._half = teacher.dit.patch_embedding.weight.dtype == torch.bfloat16
         self.config = config
         self._teacher = teacher.eval().requires_grad_(False)
         self._sigmas = schedule.resolve().sigmas
@@ -124,6 +162,7 @@ class DMDTask:
                     config.adamw_learning_rate,
                     precision,
                     config.momentum,
+                    config.generator_optimizer,
                 ),
                 self.generator_loss,
                 every=config.critic_updates,
@@ -135,6 +174,7 @@ class DMDTask:
                     config.critic_muon_learning_rate,
                     config.critic_adamw_learning_rate,
                     precision,
+                    only_adamw=config.critic_optimizer,
                 ),
                 self.critic_loss,
             ),
@@ -143,28 +183,29 @@ class DMDTask:
     def generator_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Half the squared distance to where the difference of the scores points (DMD's surrogate)."""
         script, generator = self._draw(step, _GENERATOR)
-        chunks = self._rollout(script, generator, learn=True)
+        pieces = self._pieces(self._rollout(script, generator, learn=True))
         with torch.no_grad():
-            critic = self._walk(self.critic, script.before)
+            critic = self._score_walk(script.before)
             teacher = self._guided_teacher(script.before)
         losses, sizes, moves = [], [], []
-        for index, chunk in enumerate(chunks):
+        for index, chunk in enumerate(pieces):
             if index == script.switch:
                 with torch.no_grad():
                     critic.set_text(self.critic.encode(script.after))
-                    teacher.set_text(self._teacher.encode(script.after + [""] * script.num_clips))
+                    teacher.set_text(self._teacher.encode(self._with_negative(script.after)))
             clean = chunk.detach()
             sigma = self._score_sigmas(len(clean), generator)
-            noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
+            noisy = at_sigma(clean, self._noise(clean.shape, generator), sigma)
+            last = index == len(pieces) - 1
             with torch.no_grad():
-                fake = critic.advance(noisy, sigma, clean)
-                real = teacher.advance(noisy, sigma, clean)
+                fake = critic.predict(noisy, sigma) if last else critic.advance(noisy, sigma, clean)
+                real = teacher.predict(noisy, sigma) if last else teacher.advance(noisy, sigma, clean)
             scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
             move = (real - fake) / scale
             losses.append(0.5 * (chunk - (clean + move)).square().mean())
             sizes.append(float((clean - real).abs().mean()))
             moves.append(float((real - fake).abs().mean()))
-        spread = float(torch.cat([chunk.detach() for chunk in chunks]).std())
+        spread = float(torch.cat([chunk.detach() for chunk in pieces]).std())
         return torch.stack(losses).mean(), {
             "move": float(np.mean(moves)),
             "distance": float(np.mean(sizes)),
@@ -176,27 +217,47 @@ class DMDTask:
         config = self.config
         script, generator = self._draw(step, _CRITIC)
         with torch.no_grad():
-            chunks = self._rollout(script, generator, learn=False)
-        walk = self._walk(self.critic, script.before)
+            pieces = self._pieces(self._rollout(script, generator, learn=False))
+        walk = self._score_walk(script.before)
         losses = []
-        for index, clean in enumerate(chunks):
+        for index, clean in enumerate(pieces):
             if index == script.switch:
                 walk.set_text(self.critic.encode(script.after))
             target = clean.repeat(config.num_critic_copies, 1, 1, 1, 1)
             sigma = self._score_sigmas(len(target), generator)
-            noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
-            squared = (walk.advance(noisy, sigma, clean) - target).square().mean(dim=(1, 2, 3, 4))
-            losses.append((squared / sigma.clamp_min(config.min_weight_sigma)).mean())
+            noisy = at_sigma(target, self._noise(target.shape, generator), sigma)
+            last = index == len(pieces) - 1
+            predicted = walk.predict(noisy, sigma) if last else walk.advance(noisy, sigma, clean)
+            squared = (predicted - target).square().mean(dim=(1, 2, 3, 4))
+            flow = config.critic_error == "flow"  # whose error is that of the clean latents over sigma
+            losses.append((squared / (sigma**2 if flow else sigma.clamp_min(config.min_weight_sigma))).mean())
         return torch.stack(losses).mean(), {}
 
     def _guided_teacher(self, captions: list[str]) -> GuidedWalk:
         with torch.no_grad():
-            text = self._teacher.encode(captions + [""] * len(captions))
+            text = self._teacher.encode(self._with_negative(captions))
         size, guidance = self._shape[-2:], self.config.guidance
-        return GuidedWalk(self._teacher.dit, self.history, text, len(captions), guidance, *size)
+        return GuidedWalk(self._teacher.dit, self._score_history, text, len(captions), guidance, *size)
 
-    def _walk(self, networks: TextToLatents, captions: list[str]) -> Walk:
-        return Walk(networks.dit, self.history, networks.encode(captions), len(captions), *self._shape[-2:])
+    def _score_walk(self, captions: list[str]) -> Walk:
+        return self._walk(self.critic, captions, self._score_history)
+
+    def _walk(self, networks: TextToLatents, captions: list[str], history: HistoryConfig) -> Walk:
+        size, recompute = self._shape[-2:], self.config.loop.recompute == "blocks"
+        return Walk(
+            networks.dit, history, networks.encode(captions), len(captions), *size, recompute=recompute
+        )
+
+    def _with_negative(self, captions: list[str]) -> list[str]:
+        return captions + [self.config.negative_prompt] * len(captions)
+
+    def _pieces(self, chunks: list[Tensor]) -> list[Tensor]:
+        """What is scored at a time, [b,f,c,h,w] each."""
+        return chunks if self.config.scores == "chunks" else [torch.cat(chunks, dim=1)]
+
+    def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Drawn on the CPU, so that it is the same on every device."""
+        return torch.randn(shape, generator=generator).to(self._device)
 
     def _draw(self, step: int, who: int) -> tuple[_Script, torch.Generator]:
         config = self.config
@@ -211,20 +272,20 @@ class DMDTask:
     def _rollout(self, script: _Script, generator: torch.Generator, learn: bool) -> list[Tensor]:
         """Chunks [b,f,c,h,w] as serving would make them, but ending at one random step for all."""
         exit_step = int(torch.randint(len(self._sigmas), (1,), generator=generator))
-        walk = self._walk(self.module, script.before)
+        walk = self._walk(self.module, script.before, self.history)
         shape = (script.num_clips, *self._shape)
         chunks = []
         for number in range(self.config.num_chunks):
             if number == script.switch:
                 walk.set_text(self.module.encode(script.after))
-            noisy = torch.randn(shape, generator=generator)
+            noisy = self._noise(shape, generator)
             for index in range(exit_step + 1):
-                sigma = torch.full((script.num_clips,), self._sigmas[index])
+                sigma = torch.full((script.num_clips,), self._sigmas[index], device=self._device)
                 with torch.set_grad_enabled(learn and index == exit_step):
                     clean = walk.predict(noisy, sigma)
                 if index < exit_step:
                     following = torch.full_like(sigma, self._sigmas[index + 1])
-                    noisy = at_sigma(clean, torch.randn(shape, generator=generator), following)
+                    noisy = at_sigma(clean, self._noise(shape, generator), following)
             with torch.no_grad():
                 walk.commit(clean.detach())
             chunks.append(clean)
@@ -232,35 +293,46 @@ class DMDTask:
 
     def _score_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         sigmas = shift_sigmas(stratified(count, generator), self.config.score_shift)
-        return sigmas.clamp(self.config.min_score_sigma, self.config.max_score_sigma)
+        return sigmas.clamp(self.config.min_score_sigma, self.config.max_score_sigma).to(self._device)
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """On rollouts of held-out captions with all steps: how far teacher and critic disagree, relative to
         the teacher's own distance, at three noise levels; and the spread of the latents.
         """
+        # In fp32, unless the teacher's weights are bf16 already.
+        with torch.no_grad(), torch.autocast(self._device.type, torch.bfloat16, enabled=self._half):
+            return self._evaluate()
+
+    def _evaluate(self) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
-        captions = list(self._held_out[:_NUM_EVALUATION_CLIPS])
-        walk, critic = self._walk(self.module, captions), self._walk(self.critic, captions)
-        teacher = self._guided_teacher(captions)
+        captions = list(self._held_out[: self.config.num_evaluation_clips])
+        walk = self._walk(self.module, captions, self.history)
         shape = (len(captions), *self._shape)
-        moves: dict[str, list[float]] = {}
         chunks = []
         for _ in range(self.config.num_chunks):
-            clean = torch.zeros(shape)
+            clean = torch.zeros(shape, device=self._device)
             for value in self._sigmas:
-                sigma = torch.full((len(captions),), value)
-                clean = walk.predict(at_sigma(clean, torch.randn(shape, generator=generator), sigma), sigma)
+                sigma = torch.full((len(captions),), value, device=self._device)
+                clean = walk.predict(at_sigma(clean, self._noise(shape, generator), sigma), sigma)
+            walk.commit(clean)
+            chunks.append(clean)
+        critic, teacher = self._score_walk(captions), self._guided_teacher(captions)
+        moves: dict[str, list[float]] = {}
+        for clean in self._pieces(chunks):
             for value in (0.25, 0.5, 0.75):
-                sigma = torch.full((len(captions),), value)
-                noisy = at_sigma(clean, torch.randn(shape, generator=generator), sigma)
+                sigma = torch.full((len(captions),), value, device=self._device)
+                noisy = at_sigma(clean, self._noise(clean.shape, generator), sigma)
                 real, fake = teacher.predict(noisy, sigma), critic.predict(noisy, sigma)
                 ratio = (real - fake).abs().mean() / (clean - real).abs().mean()
                 moves.setdefault(f"move_{value}", []).append(float(ratio))
-            for each in (walk, critic, teacher):
-                each.commit(clean)
-            chunks.append(clean)
+            if self.config.scores == "chunks":
+                critic.commit(clean)
+                teacher.commit(clean)
         return {
             **{name: float(np.mean(values)) for name, values in moves.items()},
             "spread": float(torch.cat(chunks).std()),
         }
+
+    def samples(self) -> Tensor | None:
+        """Rollouts, see `train.loop.Task`."""
+        return None if self._rollouts is None else self._rollouts(self.module.dit, self.module.text)

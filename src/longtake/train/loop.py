@@ -114,6 +114,10 @@ class Task(Protocol):
         """Figures on held-out data, with the module's present (averaged) weights."""
         ...
 
+    def samples(self) -> Tensor | None:
+        """Clips to look at, uint8 [b,t,h,w,3], with the module's present weights; None: there are none."""
+        ...
+
 
 def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
     """The dtype matrix products run in, or None for fp32 throughout."""
@@ -253,6 +257,9 @@ def run(
                 average.swap(task.module)
                 done.figures = task.evaluate()
                 log.evaluation(done.step, done.figures)
+                pictures = task.samples()
+                if pictures is not None:
+                    log.samples(done.step, pictures)
                 average.swap(task.module)
             late = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
             if late or is_last or time.monotonic() - saved > config.checkpoint_every_seconds:

@@ -26,6 +26,7 @@ from longtake.train.fit import check_fits, this_machine
 from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheConfig, build_cache, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.plan import Machine, StagePlan
+from longtake.train.samples import SampleRollouts
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
@@ -34,6 +35,7 @@ Stage = Literal["vae", "latents", "first", "windows", "trajectory", "dmd", "deco
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _NUM_CLIPS_FOR_STATISTICS = 64
+_NUM_SAMPLES = 8
 
 
 class Recipe(Config):
@@ -236,7 +238,8 @@ def _train_dit(
 ) -> dict[str, float]:
     history = recipe.stream.history
     clips = _load_clips(recipe, networks, out, config)
-    task = DiTTask(networks.text_to_latents, history, config, *clips)
+    rollouts = _rollouts(recipe, networks, clips[-1], config.num_chunks)
+    task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts)
     figures = run(task, config.loop, out / stage, seconds)
     if STOPPED_EARLY not in figures:
         networks.keep(stage, networks.text_to_latents)
@@ -247,7 +250,13 @@ def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | Non
     stream, config = recipe.stream, recipe.trajectory
     clips = _load_clips(recipe, networks, out, config)
     task = TrajectoryTask(
-        networks.text_to_latents, networks.teacher, stream.history, stream.schedule, config, *clips
+        networks.text_to_latents,
+        networks.teacher,
+        stream.history,
+        stream.schedule,
+        config,
+        *clips,
+        _rollouts(recipe, networks, clips[-1], config.num_chunks),
     )
     figures = run(task, config.loop, out / "trajectory", seconds)
     if STOPPED_EARLY not in figures:
@@ -268,6 +277,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
         first.captions,
         held_out.captions,
         (channels, height, width),
+        rollouts=_rollouts(recipe, networks, held_out, config.num_chunks),
     )
     figures = run(task, config.loop, out / "dmd", seconds)
     if STOPPED_EARLY not in figures:
@@ -292,6 +302,12 @@ def _load_clips(
         clips,
         load_cache(out / "held_out", num_frames),
     )
+
+
+def _rollouts(recipe: Recipe, networks: _Networks, held_out: Clips, num_chunks: int) -> SampleRollouts:
+    """Samples for the log: a few held-out prompts, streamed as the finished model will be."""
+    prompts = held_out.captions[:_NUM_SAMPLES]
+    return SampleRollouts(networks.require_vae(), recipe.stream, prompts, num_chunks)
 
 
 def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:

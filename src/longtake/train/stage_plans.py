@@ -6,7 +6,8 @@ Legend: b clips, r rows of a forward pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, vae_cost
 from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer
-from longtake.train.dmd import DMDConfig
+from longtake.train.dmd import DMDConfig, score_history
 from longtake.train.loop import build_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
 from longtake.train.trajectory import TrajectoryConfig
@@ -72,7 +73,11 @@ def plan_vae(stage: str, model: TinyVAEConfig, config: VAETrainingConfig, machin
         module = TinyVAE(model)
     module.encoder.requires_grad_(not config.freeze_encoder)
     optimizer = build_optimizer(
-        module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+        module,
+        config.muon_learning_rate,
+        config.adamw_learning_rate,
+        config.loop.precision,
+        only_adamw=config.optimizer,
     )
     arithmetic = machine.arithmetic(config.loop.precision)
     frames = (config.num_clips, config.num_latent_frames, config.height, config.width)
@@ -97,7 +102,11 @@ def plan_dit(
             cost += costs.forward(config.num_copies * count + commits, chunk, True, commits)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
     optimizer = dit_optimizer(
-        module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+        module,
+        config.muon_learning_rate,
+        config.adamw_learning_rate,
+        config.loop.precision,
+        only_adamw=config.optimizer,
     )
     phases = [Phase("walks", cost), *_fresh_clips(sizes, config, arithmetic)]
     networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
@@ -123,7 +132,11 @@ def plan_trajectory(
                 teacher += costs.forward(2 * count, chunk, num_committed=costs.kept_rows(2 * count, chunk))
     module, frozen, vae = sizes.networks(), sizes.networks(frozen=True), _frozen_vae(sizes)
     optimizer = dit_optimizer(
-        module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+        module,
+        config.muon_learning_rate,
+        config.adamw_learning_rate,
+        config.loop.precision,
+        only_adamw=config.optimizer,
     )
     # Both walk side by side, so that the teacher's keys and values are there beside what the student keeps.
     phases = [
@@ -143,7 +156,7 @@ def plan_trajectory(
 
 @dataclass(frozen=True)
 class Role:
-    """A network of distribution matching: what its passes and its prompts cost."""
+    """A network of distribution matching: what its passes cost, by the history that it reads, and prompts."""
 
     costs: DiTCosts
     text: Callable[[int, bool], Cost]
@@ -161,14 +174,19 @@ def dmd_phases(
     rollout, learning = generator.text(count, False), generator.text(count, True)
     scores = critic.text(count, False) + teacher.text(2 * count, False)
     follows = critic.text(count, True)
+    num_pieces = config.num_chunks if config.scores == "chunks" else 1
     for chunk in range(config.num_chunks):
         plain = generator.costs.forward(count, chunk)
         context = generator.costs.forward(count, chunk, num_committed=generator.costs.kept_rows(count, chunk))
         rollout += plain.times(num_early + 1) + context
         learning += plain.times(num_early) + context + generator.costs.forward(count, chunk, True)
+    for piece in range(num_pieces):
+        commits = int(piece < num_pieces - 1)
         for role, rows in ((critic, count), (teacher, 2 * count)):
-            scores += role.costs.forward(2 * rows, chunk, num_committed=role.costs.kept_rows(rows, chunk))
-        follows += critic.costs.forward((config.num_critic_copies + 1) * count, chunk, True, count)
+            kept = commits * role.costs.kept_rows(rows, piece)
+            scores += role.costs.forward((1 + commits) * rows, piece, num_committed=kept)
+        rows = (config.num_critic_copies + commits) * count
+        follows += critic.costs.forward(rows, piece, True, commits * count)
     every = config.critic_updates
     return [
         Phase("generator: rollout and backward", learning.beside(scores), every),
@@ -181,7 +199,9 @@ def dmd_phases(
 def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data_bytes: int) -> StagePlan:
     """Of distribution matching on the small model, all of whose networks are alike."""
     arithmetic = machine.arithmetic(config.loop.precision)
-    role = Role(sizes.costs(arithmetic), lambda rows, learns: sizes.text_cost(rows, learns, arithmetic))
+    text = partial(sizes.text_cost, arithmetic=arithmetic)
+    scoring = replace(sizes, history=score_history(config, sizes.history))
+    generator, scorer = Role(sizes.costs(arithmetic), text), Role(scoring.costs(arithmetic), text)
     module, critic, frozen = sizes.networks(), sizes.networks(), sizes.networks(frozen=True)
     precision = config.loop.precision
     learners = [
@@ -193,6 +213,7 @@ def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data
                 config.adamw_learning_rate,
                 precision,
                 config.momentum,
+                config.generator_optimizer,
             ),
         ),
         (
@@ -202,6 +223,7 @@ def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data
                 config.critic_muon_learning_rate,
                 config.critic_adamw_learning_rate,
                 precision,
+                only_adamw=config.critic_optimizer,
             ),
         ),
     ]
@@ -214,7 +236,7 @@ def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data
         "teacher dit": frozen.dit,
         "vae": _frozen_vae(sizes),
     }
-    phases = dmd_phases(config, sizes.schedule, role, role, role)
+    phases = dmd_phases(config, sizes.schedule, generator, scorer, scorer)
     return plan_stage(stage, config.loop, networks, learners, phases, arithmetic, data_bytes)
 
 

@@ -26,6 +26,8 @@ from longtake.models.dit import TextContext
 from longtake.train.dit import TextToLatents, dit_optimizer, prompts_in_force
 from longtake.train.latents import Clips, ClipSource
 from longtake.train.loop import Learner, LoopConfig
+from longtake.train.optim import AdamWConfig
+from longtake.train.samples import SampleRollouts
 from longtake.train.walk import GuidedWalk, Walk
 
 _NUM_EVALUATION_CLIPS = 48
@@ -49,6 +51,7 @@ class TrajectoryConfig(Config):
     context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
     muon_learning_rate: float = Field(3e-4, gt=0)
     adamw_learning_rate: float = Field(1.2e-4, gt=0)
+    optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
 
 
 class TrajectoryTask:
@@ -63,6 +66,7 @@ class TrajectoryTask:
         first_clips: source of clips of which only the first chunk is read.
         clips: source of whole clips; None where the stage has none.
         held_out: clips for evaluation.
+        rollouts: what to show of the student at evaluations.
     """
 
     def __init__(
@@ -75,8 +79,10 @@ class TrajectoryTask:
         first_clips: ClipSource,
         clips: ClipSource | None,
         held_out: Clips,
+        rollouts: SampleRollouts | None = None,
     ) -> None:
         self.module = module
+        self._rollouts = rollouts
         self.history = history
         self.config = config
         self.first_clips = first_clips
@@ -88,7 +94,11 @@ class TrajectoryTask:
             "": Learner(
                 module,
                 dit_optimizer(
-                    module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+                    module,
+                    config.muon_learning_rate,
+                    config.adamw_learning_rate,
+                    config.loop.precision,
+                    only_adamw=config.optimizer,
                 ),
                 self.loss,
             )
@@ -160,6 +170,10 @@ class TrajectoryTask:
                 pair.teacher.commit(clean)
         return figures
 
+    def samples(self) -> Tensor | None:
+        """Rollouts, see `train.loop.Task`."""
+        return None if self._rollouts is None else self._rollouts(self.module.dit, self.module.text)
+
 
 class _Pair:
     """Student and guided teacher on their way through the same clips."""
@@ -170,7 +184,9 @@ class _Pair:
         size = clips.latents_bfchw.shape[-2:]
         self._captions = prompts_in_force(clips.prompts, 0)
         module, history = task.module, task.history
-        self.student = Walk(module.dit, history, module.encode(self._captions), len(clips), *size)
+        recompute = task.config.loop.recompute == "blocks"
+        encoded = module.encode(self._captions)
+        self.student = Walk(module.dit, history, encoded, len(clips), *size, recompute=recompute)
         guidance = task.config.guidance
         text = self._teachers_text()
         self.teacher = GuidedWalk(task._teacher.dit, history, text, len(clips), guidance, *size)

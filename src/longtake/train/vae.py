@@ -14,11 +14,14 @@ from torch.nn import functional as F
 from longtake.config import Config
 from longtake.models.tiny_vae import TinyVAE
 from longtake.train.loop import Learner, LoopConfig, build_optimizer
+from longtake.train.optim import AdamWConfig
 from longtake.world.captions import Split
 from longtake.world.render import render
 from longtake.world.sampling import sample_scene
 
 _MAX_START_FRAME = 400
+_HELD_OUT_SEED = 1 << 41
+_NUM_SAMPLES = 4
 _EDGE_STEP = 0.2  # between neighbouring pixels, of a range of 2: above any background's gradient
 
 
@@ -37,6 +40,7 @@ class VAETrainingConfig(Config):
     )
     muon_learning_rate: float = Field(3e-3, gt=0)
     adamw_learning_rate: float = Field(2e-3, gt=0)
+    optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
     edge_weight: float = Field(8.0, ge=0, description="extra weight of pixels beside an edge")
     absolute_weight: float = Field(0.1, ge=0, description="share of absolute beside squared error")
     difference_weight: float = Field(
@@ -86,7 +90,11 @@ class VAETask:
         self.config = config
         module.encoder.requires_grad_(not config.freeze_encoder)
         self.optimizer = build_optimizer(
-            module, config.muon_learning_rate, config.adamw_learning_rate, config.loop.precision
+            module,
+            config.muon_learning_rate,
+            config.adamw_learning_rate,
+            config.loop.precision,
+            only_adamw=config.optimizer,
         )
         self.learners = {"": Learner(module, self.optimizer, self.loss)}
 
@@ -132,7 +140,7 @@ class VAETask:
     @torch.no_grad()
     def evaluate(self, num_clips: int = 32) -> dict[str, float]:
         """PSNR in dB over whole clips of scenes that are never trained on, weights as they are."""
-        seeds = [(1 << 41) + i for i in range(num_clips)]
+        seeds = [_HELD_OUT_SEED + i for i in range(num_clips)]
         frames = render_clips(seeds, [7 * i for i in range(num_clips)], self.num_frames, self.config, "any")
         decoded = reconstruct(self.module, frames)
         squared = (decoded.clamp(-1, 1) - frames).square()
@@ -144,6 +152,16 @@ class VAETask:
             "psnr_worst_clip": float(by_clip.min()),
             "psnr_first_frame": float(first),
         }
+
+    @torch.no_grad()
+    def samples(self) -> Tensor:
+        """Four held-out clips, each above its reconstruction; see `train.loop.Task`."""
+        seeds = [_HELD_OUT_SEED + i for i in range(_NUM_SAMPLES)]
+        frames = render_clips(
+            seeds, [7 * i for i in range(_NUM_SAMPLES)], self.num_frames, self.config, "any"
+        )
+        pairs = torch.stack([frames, reconstruct(self.module, frames)], dim=1).flatten(0, 1)
+        return pairs.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 
 def reconstruct(vae: TinyVAE, frames_bthwc: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class Walk:
         num_clips: int,
         height: int,
         width: int,
+        *,
         recompute: bool = False,
     ) -> None:
         self._dit = dit
