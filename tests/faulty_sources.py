@@ -49,6 +49,9 @@ class FaultySource(TruthSource):
         if self.fault == "late switch":  # by a chunk and a half: half a chunk of it is judged
             script = Script(tuple((start + 18 if start else 0, text) for start, text in script.prompts))
         scene = scene_for_script(script, seed, self.level)
+        if self.fault == "no object":
+            empty = [dataclasses.replace(segment, objects=()) for segment in scene.segments]
+            scene = dataclasses.replace(scene, segments=tuple(empty))
         if self.fault == "swapped colours":
             scene = _swapped(scene)
         if self.fault in ("returns recoloured", "does not return"):
@@ -59,9 +62,6 @@ class FaultySource(TruthSource):
         if self.fault == "wrong colour":
             purple = np.array((145, 35, 185), np.uint8)
             video = np.where(render_masks(scene, 0, num_frames)[:, 0, :, :, None] > 0.3, purple, video)
-        elif self.fault == "no object":
-            video = np.repeat(video.max(axis=2, keepdims=True), 64, axis=2)
-            video[:] = video[:1]
         elif self.fault == "two objects":
             video[:, 1:15, 1:15] = video[:, -15:-1, -15:-1] = (20, 195, 60)
         elif self.fault == "frozen":

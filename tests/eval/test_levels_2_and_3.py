@@ -83,6 +83,7 @@ def test_real_clips_are_the_ceiling(kind: str, metrics: tuple[str, ...]) -> None
         ("returns recoloured", "panning", "binding", 0.9),
         ("does not return", "panning", "return_present", 0.0),
         ("no object", "panning", "shown", 0.0),
+        ("no object", "panning", "binding", 0.0),
     ],
 )
 def test_each_fault_is_noticed(fault: str, kind: str, metric: str, at_most: float) -> None:
@@ -125,6 +126,12 @@ def test_level_3_has_bars_on_returns() -> None:
         bars = {bar.metric: bar for bar in summary.bars}
         assert bars["return_present_in_window"].met
         assert bars["return_colour_in_window"].met == met
+        assert bars["departures over real clips'"].met
+    records = {"model": measured("no object", "panning"), "truth": measured("none", "panning")}
+    summary = summarize(LEVEL_3, "model", records, {"model": {}, "truth": {}})
+    bars = {bar.metric: bar for bar in summary.bars}
+    for metric in ("return_present_in_window", "return_colour_in_window", "departures over real clips'"):
+        assert not bars[metric].met
 
 
 def test_a_transition_is_not_judged() -> None:

@@ -38,6 +38,9 @@ MAX_HELDOUT_LOSS: Final = 0.05
 """How far what is held out from training may fall below what is not."""
 MAX_SPEED_DEVIATION: Final = 0.15
 """How far the objects' mean speed may be off that of real clips of the same prompts, as a share of it."""
+MIN_DEPARTURES: Final = 0.5
+"""At level 3, objects leave the view at least this many times as often as in real clips of the same prompts:
+a camera that stands still makes returns easy."""
 MAX_SEAM: Final = 0.10
 """How much more or less a frame may change at chunk boundaries, as a share of real clips' mean change."""
 MAX_FROZEN: Final = 0.05
@@ -107,6 +110,10 @@ def bars_of(
         ]
     if real is not None:
         bars += _motion_bars(ours, real)
+        if real.metrics["departures"].value is not None:
+            bars.append(
+                Bar.of("departures over real clips'", ours.ratios["departures"].value, MIN_DEPARTURES)
+            )
     if len(ours.windows) > 1:
         bars += _long_bars(level, ours, real, sources.get(AUTOENCODER), scenes)
     return tuple(bars)

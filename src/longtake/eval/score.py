@@ -48,17 +48,19 @@ MAGNITUDES: tuple[str, ...] = (
     "background_error",
     "colour_error",
     "size_change",
+    "binding_judged",
     "departures",
 )
 """`speed_px`: path length per frame, `jerk_px`: mean second difference of the track at the sampling
 distance, both in pixels of 64 and under a fixed camera; `frozen`: share of windows in which an object that
 should move stays; `change`, `flicker`: mean absolute first and second difference of the pixels in time;
 `seam`: `change` at chunk boundaries less that elsewhere; `background_error`, `colour_error`: distance from
-the true colours, per channel of 255; `size_change`: spread of the radius over its mean; `departures`: how
-many objects leave a panning view early enough that their return is due. Transitions after prompt switches
+the true colours, per channel of 255; `size_change`: spread of the radius over its mean; `binding_judged`:
+share of frames and asked objects on which binding is judged under a fixed camera; `departures`: how many
+objects leave a panning view early enough that their return is due. Transitions after prompt switches
 are left out."""
 METRICS = SHARES + MAGNITUDES
-PROPORTIONS = frozenset({*SHARES, "frozen"})
+PROPORTIONS = frozenset({*SHARES, "frozen", "binding_judged"})
 """Metrics between 0 and 1."""
 
 MIN_MOTION_FRAMES = 28
@@ -149,6 +151,9 @@ def score(
     came_back: tuple[Return, ...] = ()
     if script.panning:
         whole["shown"] = _shown(clip, num_frames)
+        # A panning clip begins with an object in view: one in which none is ever seen whole has it wrong.
+        for name in ("colour", "shape", "size", "binding"):
+            whole[name] = whole[name] or 0.0
         came_back = tuple(
             returns(measured.detections, measured.frames, clip.parts[0].wanted, num_frames, chunking.frames)
         )
@@ -198,6 +203,7 @@ def _scores(clip: _Clip, start: int, stop: int, shortest: int | None) -> Scores:
     objects: dict[str, list[float | None]] = {
         name: [] for name in ("speed_px", "jerk_px", "colour_error", "size_change")
     }
+    judged: list[NDArray[np.bool_]] = []
     pairs: list[tuple[int, int]] = []
     for part in clip.parts:
         frames = measured.frames[part.inside]
@@ -211,6 +217,7 @@ def _scores(clip: _Clip, start: int, stop: int, shortest: int | None) -> Scores:
         if part.wanted.panning:  # a track mixes the object's motion with the camera's
             objects["colour_error"].append(_mean(np.where(whole(found), found.colour_error, np.nan)))
             continue
+        judged.append(np.isfinite(part.verdicts.binding[rows]).ravel())
         slots_sn, frames = part.slots_sn[rows], frames[rows]
         tracks = [picked(found.center_xy, slots_sn[:, n]) for n in range(len(part.wanted.objects))]
         objects["speed_px"] += [_speed(track, frames) for track in tracks]
@@ -237,6 +244,7 @@ def _scores(clip: _Clip, start: int, stop: int, shortest: int | None) -> Scores:
             [float(seen >= 0 and (seen == still) == (motion == still)) for seen, motion in pairs]
         ),
         "frozen": _mean([float(seen == still) for seen, motion in pairs if motion != still]),
+        "binding_judged": _mean(np.concatenate(judged)) if judged else None,
         "change": _mean(change[steps]),
         "flicker": _mean(flicker[steps[:-1] & steps[1:]]),
         "seam": _seam(change, measured.boundaries, steps, start, stop),

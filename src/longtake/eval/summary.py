@@ -13,7 +13,7 @@ from longtake.eval.score import METRICS, PROPORTIONS, SHARES, Record
 from longtake.eval.stats import Estimate, estimate, paired_difference, paired_ratio, unpaired_difference
 from longtake.world import VERSION
 
-RATIOS: Final[tuple[str, ...]] = ("speed_px", "change")
+RATIOS: Final[tuple[str, ...]] = ("speed_px", "change", "departures")
 """Magnitudes that should be those of real clips of the same prompts; so should the spreads."""
 
 
