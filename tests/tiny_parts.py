@@ -91,7 +91,11 @@ class FakeText(nn.Module):
 
 
 def small_pipeline(
-    seed: int = 0, guidance: float | None = None, opening: tuple[int, ...] | None = None, **history: Any
+    seed: int = 0,
+    guidance: float | None = None,
+    opening: tuple[int, ...] | None = None,
+    temperature: float = 1.0,
+    **history: Any,
 ) -> Pipeline:
     """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2, ``opening``
     gives chunks that open something steps of their own.
@@ -103,6 +107,7 @@ def small_pipeline(
         history=HistoryConfig(**window),
         schedule=Schedule(steps=(1000, 500)),
         opening_schedule=Schedule(steps=opening) if opening is not None else None,
+        temperature=temperature,
         guidance=guidance,
         negative_prompt="bad",
     )

@@ -32,7 +32,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"guidance": 2.0},
     {"sink_frames": 0, "window_frames": 3},
     {"opening": (1000, 800, 600, 400, 200)},
-    {"opening": (1000, 700, 300), "guidance": 1.5},
+    {"opening": (1000, 700, 300), "guidance": 1.5, "temperature": 0.5},
+    {"temperature": 0.7},
 ]
 
 
@@ -125,6 +126,20 @@ def test_chunks_that_open_something_take_the_opening_steps() -> None:
 
     stream.set_prompt("green square", window="keep")
     assert [forwards(stream)[1] for _ in range(2)] == [6, 3]
+
+
+def test_temperature_scales_the_noise_of_chunks_that_go_on() -> None:
+    plain, cold = play(small_pipeline(), 3), play(small_pipeline(temperature=0.0), 3)
+    assert_same(plain[0], cold[0])
+    assert not torch.allclose(plain[1].latents, cold[1].latents, atol=1e-3)
+
+    ends = []
+    for seed in (1, 2):  # without noise nothing but the past decides
+        stream = Stream(small_pipeline(temperature=0.0), "a red ball", 3)
+        next(stream)
+        stream.state.seed = seed
+        ends.append(next(stream))
+    torch.testing.assert_close(ends[0].latents, ends[1].latents)
 
 
 @pytest.mark.parametrize("changes", SETTINGS)

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from longtake.diffusion.flow import Steps
 from longtake.diffusion.sampler import chunk_noise, context_pass, sample_chunk
 from longtake.errors import HistoryError, PromptError
 from longtake.history.records import CommitPlan
@@ -133,19 +132,20 @@ class Engine:
                     f"chunk {state.chunk} of a stream follows chunks that were not decoded",
                     "decode every chunk of a stream, or none",
                 )
+        config = self.pipeline.config
         opens = [state.chunk == 0 or state.pending is not None for state in states]
         for state in states:
             if state.pending is not None and state.pending_text is not None:
                 self._switch(state, state.pending, state.pending_text)
                 state.pending = state.pending_text = None
-        if all(opens) or not any(opens) or self._opening_steps == self._steps:
-            clean = self._generate(states, self._opening_steps if opens[0] else self._steps)
+        same = self._opening_steps == self._steps and config.temperature == 1
+        if same or all(opens) or not any(opens):
+            clean = self._generate(states, opens[0])
         else:
-            opening = [row for row, opens_here in enumerate(opens) if opens_here]
-            going_on = [row for row, opens_here in enumerate(opens) if not opens_here]
             clean = torch.empty(len(states), *self.pipeline.latent_shape, device=self.pipeline.device)
-            clean[opening] = self._generate([states[row] for row in opening], self._opening_steps)
-            clean[going_on] = self._generate([states[row] for row in going_on], self._steps)
+            for opening in (True, False):
+                rows = [row for row, opens_here in enumerate(opens) if opens_here is opening]
+                clean[rows] = self._generate([states[row] for row in rows], opening)
         frames = self._decode(clean, states) if decode else [None] * len(states)
         chunks = []
         for state, latents, made in zip(states, clean, frames, strict=True):
@@ -158,8 +158,12 @@ class Engine:
 
     # ---- inside
 
-    def _generate(self, states: Sequence[StreamState], steps: Steps) -> Tensor:
-        """Clean latents of the streams' next chunks, committed to their histories."""
+    def _generate(self, states: Sequence[StreamState], opening: bool) -> Tensor:
+        """Clean latents of the streams' next chunks, all opening something or none, committed to their
+        histories.
+        """
+        config = self.pipeline.config
+        steps = self._opening_steps if opening else self._steps
         slots = [state.slot for state in states]
         rows = slots + [state.negative_slot for state in states if state.negative_slot is not None]
         text = self._stacked([state.text for state in states])
@@ -170,9 +174,10 @@ class Engine:
             len(steps.timesteps),
             self.pipeline.latent_shape,
         )
-        noise = [step.to(self.pipeline.device, non_blocking=True) for step in noise]
-        dit, guidance = self.pipeline.dit, self.pipeline.config.guidance
-        clean = sample_chunk(dit, text, view, noise, steps, guidance=guidance)
+        scale = 1.0 if opening else config.temperature
+        noise = [scale * step.to(self.pipeline.device, non_blocking=True) for step in noise]
+        dit = self.pipeline.dit
+        clean = sample_chunk(dit, text, view, noise, steps, guidance=config.guidance)
         plans = self.history.commit(context_pass(dit, text, view, clean, guided=self.guided), rows)
         self._keep(clean, slots, plans[: len(slots)])
         return clean

@@ -27,6 +27,9 @@ class StreamConfig(Config):
         schedule: denoising steps.
         opening_schedule: denoising steps of a chunk that opens something, the first of a stream or the first
             under a new prompt; there is nothing yet that it could be copied from. None for `schedule`.
+        temperature: scale of the noise from which chunks that open nothing are made. What goes on is nearly
+            decided by what was; below 1 less of the model's own doubt gets into it (calmer paths, steadier
+            shapes; far below 1, slower motion).
         guidance: scale of classifier-free guidance, which doubles the cost; None for none.
         negative_prompt: what guidance leads away from.
     """
@@ -37,6 +40,7 @@ class StreamConfig(Config):
     history: HistoryConfig = HistoryConfig()
     schedule: Schedule = Schedule()
     opening_schedule: Schedule | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
     guidance: float | None = Field(default=None, ge=0)
     negative_prompt: str = ""
 
