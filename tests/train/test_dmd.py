@@ -103,6 +103,24 @@ def test_a_prompt_switch_reaches_all_three_networks() -> None:
     assert losses[0][0] != losses[1][0]  # so does the guided teacher, or the critic in the generator's loss
 
 
+@torch.no_grad()
+def test_rollouts_are_as_cold_as_serving() -> None:
+    """Without noise, chunks after the first and after a switch follow from the past alone."""
+    matched = task()
+    matched._temperature = 0.0
+    first, ends = torch.randn(3, 2, 4, 4, 4), []
+    for _ in range(2):
+        noises = iter([first, *(torch.randn(3, 2, 4, 4, 4) for _ in range(2))])
+        matched._noise = lambda shape, generator, noises=noises: next(noises)  # type: ignore[method-assign,misc]
+        exit_at_once = next(
+            s for s in range(99) if not torch.randint(3, (1,), generator=torch.Generator().manual_seed(s))
+        )
+        generator = torch.Generator().manual_seed(exit_at_once)
+        ends.append(matched._rollout(plain(CAPTIONS), generator, learn=False))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_share_of_rollouts_that_switch() -> None:
     matched = task(switch_share=0.5)
     switches = [matched._draw(step, 0)[0].switch for step in range(200)]

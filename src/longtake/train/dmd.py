@@ -124,6 +124,7 @@ class DMDTask:
         latent_shape: of a latent frame, (channels, height, width).
         critic: what follows the generator; a copy of the teacher where None.
         rollouts: what to show of the generator at evaluations.
+        temperature: scale of the noise of chunks that open nothing, as the generator will be served with.
     """
 
     def __init__(
@@ -138,11 +139,13 @@ class DMDTask:
         latent_shape: tuple[int, int, int],
         critic: TextToLatents | None = None,
         rollouts: SampleRollouts | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.module = module
         self.critic = (copy.deepcopy(teacher) if critic is None else critic).requires_grad_(True)
         self.history = history
         self._rollouts = rollouts
+        self._temperature = temperature
         self._score_history = score_history(config, history)
         self._device = module.dit.patch_embedding.weight.device
         self._half = teacher.dit.patch_embedding.weight.dtype == torch.bfloat16
@@ -278,14 +281,15 @@ class DMDTask:
         for number in range(self.config.num_chunks):
             if number == script.switch:
                 walk.set_text(self.module.encode(script.after))
-            noisy = self._noise(shape, generator)
+            scale = 1.0 if number in (0, script.switch) else self._temperature
+            noisy = scale * self._noise(shape, generator)
             for index in range(exit_step + 1):
                 sigma = torch.full((script.num_clips,), self._sigmas[index], device=self._device)
                 with torch.set_grad_enabled(learn and index == exit_step):
                     clean = walk.predict(noisy, sigma)
                 if index < exit_step:
                     following = torch.full_like(sigma, self._sigmas[index + 1])
-                    noisy = at_sigma(clean, self._noise(shape, generator), following)
+                    noisy = at_sigma(clean, scale * self._noise(shape, generator), following)
             with torch.no_grad():
                 walk.commit(clean.detach())
             chunks.append(clean)
