@@ -187,7 +187,7 @@ def test_runs_on_two_splits_are_compared(tmp_path: Path) -> None:
     summary = run_world_eval(heldout, worse, (), tmp_path / "heldout", against=tmp_path / "train")
     assert summary is not None
     assert summary.against["colour"].value == 0
-    assert {bar.metric: bar.met for bar in summary.bars}["below the other run: loss of colour"]
+    assert {bar.metric: bar.met for bar in summary.bars}["loss of colour against the other run"]
     assert "Against the other run" in (tmp_path / "heldout" / "report.html").read_text()
     with pytest.raises(EvalError, match="compare evaluations of one model"):
         run_world_eval(heldout, FaultySource("frozen"), (), tmp_path / "x", against=tmp_path / "train")

@@ -15,7 +15,7 @@ from longtake.eval import runner
 from longtake.eval.diversity import SPREADS
 from longtake.eval.errors import EvalError
 from longtake.eval.meter import Meter
-from longtake.eval.report import HTML_NAME, PNG_NAME
+from longtake.eval.report import HTML_NAME, PNG_NAME, heldout_rows
 from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, jobs, merge
 from longtake.eval.score import METRICS, Record
 from longtake.eval.source import TruthSource
@@ -251,3 +251,29 @@ def test_two_objects_are_matched_by_colour() -> None:
     assert several
     assert np.mean([record.scores["colour"] for record in several]) > 0.9  # type: ignore[arg-type]
     assert all(record.scores["background"] == 1 for record in records)
+
+
+def test_held_out_combinations_are_set_against_the_others() -> None:
+    half = [
+        record.replace(heldout=number % 2 == 0, scores={**record.scores, "shape": 0.8 + 0.2 * (number % 2)})
+        for number, record in enumerate(measured("none"))
+    ]
+    summary = summarize(CONFIG, "model", {"model": half}, {"model": {}})
+    found = summary.sources["model"].generalization
+    assert found["shape"].value == pytest.approx(-0.2)
+    assert found["colour"].value == 0
+    bars = {bar.metric: bar for bar in summary.bars}
+    assert bars["loss of shape held out"].value == pytest.approx(0.2)
+    assert not bars["loss of shape held out"].met
+    assert bars["loss of colour held out"].met
+    assert heldout_rows(summary)[2][:3] == ["shape", "100.0 % [51.0, 100.0]", "80.0 % [80.0, 80.0]"]
+
+
+def test_motion_and_seams_are_held_to_real_clips() -> None:
+    def bars(fault: str) -> dict[str, bool]:
+        return {bar.metric: bar.met for bar in summary_of(fault).bars}
+
+    assert bars("none")["speed off real clips'"]
+    assert not bars("frozen")["speed off real clips'"]
+    assert bars("none")["seam over change of real clips"]
+    assert not bars("seams")["seam over change of real clips"]

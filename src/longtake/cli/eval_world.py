@@ -59,6 +59,7 @@ def run(arguments: Arguments) -> int:
     """Evaluate; returns the exit code, 0 whether or not the bars are met."""
     from longtake.eval.model import ModelSource, ceilings
     from longtake.eval.runner import Shard, WorldEvalConfig
+    from longtake.eval.score import SHARES
     from longtake.eval.source import TruthSource, VideoSource
     from longtake.eval.world import run_world_eval
     from longtake.stream.bundle import load_model
@@ -74,6 +75,17 @@ def run(arguments: Arguments) -> int:
         print(f"shard {arguments.shard} is done; the last one writes the report to {arguments.out}")
         return 0
     print_estimates({name: source.metrics for name, source in summary.sources.items()})
+    ours = summary.sources[summary.subject]
+    if ours.generalization:
+        print("\ncombinations seen in training and held out from it")
+        columns = {"seen": ours.seen, "held out": ours.heldout, "difference": ours.generalization}
+        print_estimates({name: {key: item[key] for key in SHARES} for name, item in columns.items()})
+    if not arguments.ceiling_only:
+        print("\nover real clips of the same prompts")
+        print_estimates({"ratio": ours.ratios})
+    if summary.against:
+        print(f"\nless {arguments.against}")
+        print_estimates({"difference": summary.against})
     for bar in summary.bars:
         value = "-" if bar.value is None else f"{bar.value:.3f}"
         print(f"{bar.metric} {value}, required {bar.required:.2f}: {'met' if bar.met else 'NOT met'}")

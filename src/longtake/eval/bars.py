@@ -102,9 +102,9 @@ def bars_of(
     ours, real = sources[subject], sources.get(TRUTH)
     asked = LEVEL_BARS[level]
     bars = [Bar.of(metric, ours.metrics[metric].value, required) for metric, required in asked.items()]
-    for label, differences in (("held-out", ours.generalization), ("below the other run:", against)):
+    for label, differences in (("held out", ours.generalization), ("against the other run", against)):
         bars += [
-            Bar.most(f"{label} loss of {metric}", 0.0 - value, MAX_HELDOUT_LOSS)
+            Bar.most(f"loss of {metric} {label}", 0.0 - value, MAX_HELDOUT_LOSS)
             for metric in asked
             if metric in differences and (value := differences[metric].value) is not None
         ]
