@@ -12,10 +12,12 @@ from longtake.models.dit import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
+from longtake.train.distil import DistillationRecipe
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig
 from longtake.train.latents import LatentCacheConfig
 from longtake.train.loop import LoopConfig
+from longtake.train.optim import AdamWConfig
 from longtake.train.run import Recipe
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig
@@ -165,10 +167,117 @@ def tiny_128() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny, "tiny-128": tiny_128}
+_WAN_NEGATIVE_WORDS = (
+    "色调艳丽",
+    "过曝",
+    "静态",
+    "细节模糊不清",
+    "字幕",
+    "风格",
+    "作品",
+    "画作",
+    "画面",
+    "静止",
+    "整体发灰",
+    "最差质量",
+    "低质量",
+    "JPEG压缩残留",
+    "丑陋的",
+    "残缺的",
+    "多余的手指",
+    "画得不好的手部",
+    "画得不好的脸部",
+    "畸形的",
+    "毁容的",
+    "形态畸形的肢体",
+    "手指融合",
+    "静止不动的画面",
+    "杂乱的背景",
+    "三条腿",
+    "背景人很多",
+    "倒着走",
+)
+
+WAN_NEGATIVE_PROMPT = "\uff0c".join(_WAN_NEGATIVE_WORDS)  # a full-width comma
+"""Wan2.1's own: garish, overexposed, static, blurred, subtitles, malformed hands and so on."""
 
 
-def get_recipe(name: str) -> Recipe:
+def wan_dit(width: int = 1536, ffn_width: int = 8960, num_layers: int = 30, num_heads: int = 12) -> DiTConfig:
+    """Wan2.1's text-to-video DiT; the defaults are T2V-1.3B, 14B has 5120, 13824, 40 and 40."""
+    return DiTConfig(
+        width=width,
+        ffn_width=ffn_width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        in_channels=16,
+        out_channels=16,
+        patch_size=(1, 2, 2),
+        text_width=4096,
+        text_length=512,
+    )
+
+
+def wan_1_3b_dmd() -> DistillationRecipe:
+    """Wan2.1-T2V-1.3B at 480x832, causal and in four steps, by the published settings of Self-Forcing and of
+    Echo-Infinity's first stage (without its memory).
+    """
+    adamw = AdamWConfig(learning_rate=2e-6, betas=(0.0, 0.999), weight_decay=0.01)
+    return DistillationRecipe(
+        name="wan-1.3b-dmd",
+        dit_model=wan_dit(),
+        teacher_model=wan_dit(),
+        stream=StreamConfig(
+            height=480,
+            width=832,
+            history=HistoryConfig(
+                window_frames=15, sink_frames=3, chunk_frames=3, positions=Relative(f_max=20)
+            ),
+            schedule=Schedule(steps=(1000, 750, 500, 250), shift=5.0),
+        ),
+        text_encoder="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        generator="models/causal-forcing.pt",
+        critic="models/Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors",
+        teacher="models/Wan2.1-T2V-1.3B/diffusion_pytorch_model.safetensors",
+        dmd=DMDConfig(
+            loop=LoopConfig(
+                num_steps=400,
+                num_warmup_steps=0,
+                decay_from=1.0,
+                accumulation_steps=64,
+                recompute="blocks",
+                gradient_clip=10.0,
+                ema_decay=0.99,
+                ema_from_step=200,
+                log_every_steps=1,
+                evaluate_every_steps=50,
+                checkpoint_every_seconds=1800.0,
+            ),
+            num_clips=1,
+            num_chunks=7,
+            critic_updates=5,
+            num_critic_copies=1,
+            scores="clips",
+            guidance=4.0,  # published as 3, of caption + 3 (caption - negative)
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+            score_shift=5.0,
+            critic_error="flow",
+            generator_optimizer=adamw,
+            critic_optimizer=adamw.replace(learning_rate=4e-7),
+            num_evaluation_clips=4,
+        ),
+    )
+
+
+AnyRecipe = Recipe | DistillationRecipe
+
+RECIPES: dict[str, Callable[[], AnyRecipe]] = {
+    "tiny": tiny,
+    "tiny-128": tiny_128,
+    "wan-1.3b-dmd": wan_1_3b_dmd,
+}
+
+
+def get_recipe(name: str) -> AnyRecipe:
     """The recipe of that name. Raises ConfigError with the nearest name where there is none."""
     if name not in RECIPES:
         raise ConfigError(f"unknown recipe {name!r}", nearest(name, RECIPES))

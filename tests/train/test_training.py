@@ -244,6 +244,6 @@ def test_shipped_models_load_by_name() -> None:
 def test_recipes_are_valid_and_found_by_name() -> None:
     for name in RECIPES:
         made = get_recipe(name)
-        assert Recipe.loads(made.dumps()) == made
+        assert type(made).loads(made.dumps()) == made
     with pytest.raises(ConfigError, match="did you mean 'tiny'"):
         get_recipe("tinny")

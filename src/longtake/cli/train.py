@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import Annotated, TypeVar
 
 import tyro
 from pydantic import Field
 
 from longtake.config import Config
 from longtake.errors import ConfigError, UsageError, nearest
-
-if TYPE_CHECKING:
-    from longtake.train.run import Stage
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 
@@ -52,9 +49,10 @@ def run(arguments: Arguments) -> int:
     import torch
 
     from longtake.recipes import get_recipe
+    from longtake.train.distil import DistillationRecipe, distil
     from longtake.train.fit import this_machine
-    from longtake.train.plan import plan_lines
-    from longtake.train.run import STAGES, train
+    from longtake.train.plan import Machine, plan_lines
+    from longtake.train.run import train
 
     recipe = get_recipe(arguments.recipe)
     for change in arguments.set:
@@ -64,20 +62,21 @@ def run(arguments: Arguments) -> int:
                 f"--set {change!r} has no '='", "write KEY=VALUE, e.g. windows.loop.num_steps=100"
             )
         recipe = changed(recipe, key.strip(), value)
+    valid: tuple[str, ...] = type(recipe).model_fields["stages"].default
     for name in arguments.stage:
-        if name not in STAGES:
-            raise UsageError(f"unknown stage {name!r}", nearest(name, STAGES))
+        if name not in valid:
+            raise UsageError(f"unknown stage {name!r}", nearest(name, valid))
     if arguments.show:
         print(recipe.dumps(), end="")
         return 0
-    stages: tuple[Stage, ...] | None = tuple(s for s in recipe.stages if s in arguments.stage) or None
+    chosen = tuple(stage for stage in valid if stage in arguments.stage)
     if arguments.dry_run:
-        machine = this_machine("cpu", arguments.memory_gb)
-        plans = [recipe.plan(stage, machine) for stage in stages or recipe.stages]
-        for plan in plans:
+        wanted = chosen or recipe.stages
+        for stage in wanted:
+            plan = recipe.plan(stage, Machine(recipe.device, num_bytes=0))
             if plan is not None:
                 print("\n".join(plan_lines(plan)))
-        recipe.check(stages or recipe.stages, machine)
+        recipe.check(wanted, this_machine(recipe.device, arguments.memory_gb))
         return 0
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
@@ -89,7 +88,11 @@ def run(arguments: Arguments) -> int:
             f"cannot create the directory {str(out)!r}: {error.strerror}", "give another --out"
         ) from error
     recipe.dump(out / "recipe.json")
-    figures = train(recipe, out, stages, arguments.stop_after_seconds, arguments.memory_gb)
+    seconds, memory_gb = arguments.stop_after_seconds, arguments.memory_gb
+    if isinstance(recipe, DistillationRecipe):
+        figures = distil(recipe, out, chosen or None, seconds, memory_gb)
+    else:
+        figures = train(recipe, out, chosen or None, seconds, memory_gb)
     for figure, amount in figures.items():
         print(f"{figure}: {amount:g}", file=sys.stderr)
     print(out)

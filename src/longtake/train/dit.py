@@ -20,6 +20,7 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.latents import Clips, ClipSource, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
+from longtake.train.prompts import EmbeddedPrompts
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import Walk, at_sigma, stratified
 
@@ -55,9 +56,9 @@ class DiTTrainingConfig(Config):
 
 
 class TextToLatents(nn.Module):
-    """The two networks that are trained together: text encoder and DiT."""
+    """The two networks that are trained together: text encoder and DiT. Or prompts embedded once, and DiT."""
 
-    def __init__(self, text: TinyTextEncoder, dit: DiT) -> None:
+    def __init__(self, text: TinyTextEncoder | EmbeddedPrompts, dit: DiT) -> None:
         super().__init__()
         self.text = text
         self.dit = dit

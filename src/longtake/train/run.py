@@ -25,7 +25,7 @@ from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.fit import check_fits, this_machine
 from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheConfig, build_cache, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
-from longtake.train.plan import Machine, StagePlan
+from longtake.train.plan import DeviceKind, Machine, StagePlan
 from longtake.train.samples import SampleRollouts
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
@@ -94,6 +94,11 @@ class Recipe(Config):
             stream=self.stream,
         )
 
+    @property
+    def device(self) -> DeviceKind:
+        """Where a small model is trained."""
+        return "cpu"
+
     def plan(self, stage: str, machine: Machine) -> StagePlan | None:
         """What a stage will take on a machine; None where it trains nothing."""
         return plan_of(self, stage, machine)
@@ -115,7 +120,7 @@ class Recipe(Config):
 def train(
     recipe: Recipe,
     out: Path,
-    stages: tuple[Stage, ...] | None = None,
+    stages: Sequence[str] | None = None,
     stop_after_seconds: float | None = None,
     memory_gb: float | None = None,
 ) -> dict[str, float]:
@@ -135,10 +140,10 @@ def train(
         ConfigError: settings that do not fit each other.
         TrainingError: a stage does not fit into memory, its predecessor is missing, or the loss diverged.
     """
-    recipe.check(stages or recipe.stages, this_machine("cpu", memory_gb))
+    recipe.check(stages or recipe.stages, this_machine(recipe.device, memory_gb))
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
-    actions: dict[Stage, Callable[[], dict[str, float]]] = {
+    actions: dict[str, Callable[[], dict[str, float]]] = {
         "vae": lambda: _train_vae(recipe, networks, out, stop_after_seconds),
         "latents": lambda: _cache_latents(recipe, networks, out),
         "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
