@@ -12,7 +12,9 @@ import pytest
 from faulty_sources import FaultySource
 from longtake.errors import ConfigError
 from longtake.eval import runner
+from longtake.eval.detectors import blurred_and_noisy
 from longtake.eval.errors import EvalError
+from longtake.eval.returns import returns
 from longtake.eval.runner import Job, WorldEvalConfig, jobs
 from longtake.eval.score import Record
 from longtake.eval.script import Chunking, Script, scene_for_script
@@ -21,6 +23,7 @@ from longtake.eval.stats import estimate
 from longtake.eval.summary import summarize
 from longtake.eval.world import run_world_eval
 from longtake.world import parse_caption, render, sample_scene
+from longtake.world.detect import detect
 
 LEVEL_2 = WorldEvalConfig(level=2, scenes=12, seconds=5, diversity_prompts=0)
 LEVEL_3 = WorldEvalConfig(level=3, scenes=20, seconds=30, diversity_prompts=0)
@@ -197,3 +200,19 @@ def test_runs_on_two_splits_are_compared(tmp_path: Path) -> None:
         run_world_eval(
             heldout.replace(level=2), FaultySource("none", 2), (), tmp_path / "z", against=tmp_path / "train"
         )
+
+
+def test_returns_are_found_in_degraded_clips() -> None:
+    for job in panning_jobs()[:3]:
+        video = render(scene_for_script(job.script, job.seed, 3), 0, job.num_frames)
+        wanted, frames = parse_caption(job.script.text), np.arange(0, job.num_frames, 2)
+        sharp, blurred = (
+            returns(detect(clip[::2]), frames, wanted, job.num_frames, 12)
+            for clip in (video, blurred_and_noisy(video))
+        )
+        assert sharp
+        assert len(blurred) == len(sharp)
+        for one, other in zip(sharp, blurred, strict=True):
+            assert other.side == one.side
+            assert other.colour is True
+            assert abs(other.left_at - one.left_at) <= 4

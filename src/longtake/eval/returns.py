@@ -35,6 +35,8 @@ MIN_AWAY_FRAMES: Final = 8
 """A shorter gap at the side of the view is an object that peeks in, not one that left."""
 MAX_COVERED_FRAMES: Final = 48
 """For this long a track that ended inside the view waits behind another object."""
+MAX_GLIMPSES: Final = 3
+"""Up to this many sightings without a named colour are no object."""
 AT_SIDE_PX: Final = 2.5
 """A track begins or ends at a side where its outline, moved on by one step, comes this close to it."""
 GATE_PX: Final = 7.0
@@ -84,7 +86,7 @@ class Return(Config):
     shape: bool | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Visit:
     """A stretch of time in which an object is in view.
 
@@ -108,8 +110,8 @@ class Visit:
 
     @property
     def colour(self) -> int:
-        """The colour seen most often."""
-        return _most_common(self.colours)
+        """The named colour seen most often, -1 if none ever is: slivers at the edge may have no name."""
+        return _most_common([colour for colour in self.colours if colour >= 0])
 
     @property
     def shape(self) -> int:
@@ -172,7 +174,8 @@ def returns(
         known.add(visit.colour)
         if gone is not None and gone in out:
             out.remove(gone)
-            answers.append(_returned(gone, visit, frames, chunk))
+            if visit.frames[0] - gone.frames[-1] >= MIN_AWAY_FRAMES:
+                answers.append(_returned(gone, visit, frames, chunk))
         elif gone is not None:
             lost.remove(gone)
     for gone in out:
@@ -233,8 +236,9 @@ def _whose_return(arrived: Visit, out: list[Visit], lost: list[Visit], new: set[
     for candidates in ([v for v in beyond if v in same], [v for v in lost if v.colour == arrived.colour]):
         if candidates:
             return candidates[-1]
-    # The camera begins at the left end: what is seen for the first time comes from the right.
-    if arrived.entered == "right" and arrived.colour in new:
+    # What is asked for and was not seen so far comes for the first time, or left behind another object. What
+    # it may have come in place of stays out, and counts as not returned.
+    if arrived.colour in new:
         return None
     return beyond[-1] if beyond else None
 
@@ -293,7 +297,8 @@ def visits(found: Detections, frames: Int64) -> list[Visit]:
     for visit in done:
         if visit.frames[0] > frames[0]:
             visit.entered = visit.side_at_start(step)
-    return [visit for visit in done if len(visit.frames) > 1]
+    # A glimpse of no known colour is a smudge at the edge; a real clip has none.
+    return [visit for visit in done if len(visit.frames) > (1 if visit.colour >= 0 else MAX_GLIMPSES)]
 
 
 def _distance(visit: Visit, found: Detections, sample: int, slot: int, frame: int) -> float | None:
@@ -304,7 +309,7 @@ def _distance(visit: Visit, found: Detections, sample: int, slot: int, frame: in
     distance = math.hypot(
         x - visit.x[-1] - visit.velocity("x") * known, y - visit.y[-1] - visit.velocity("y") * known
     )
-    if found.colour[sample, slot] != visit.colour:
+    if found.colour[sample, slot] >= 0 and visit.colour not in (-1, found.colour[sample, slot]):
         distance += OTHER_COLOUR_PX
     gate = min(GATE_PX + GATE_PX_PER_FRAME * wait, MAX_GATE_PX)
     return distance if distance <= gate else None
