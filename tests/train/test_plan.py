@@ -112,9 +112,10 @@ def test_a_plan_foretells_what_a_step_takes(stage: str, precision: str) -> None:
     assert expected == pytest.approx(kept, rel=0.25)
 
 
+@pytest.mark.parametrize("scores", ["chunks", "clips"])
 @pytest.mark.parametrize("learner", ["generator", "critic"])
-def test_a_plan_expects_the_mean_exit_of_rollouts(learner: str) -> None:
-    made = toy(dmd={"critic_updates": 1})
+def test_a_plan_expects_the_mean_exit_of_rollouts(learner: str, scores: str) -> None:
+    made = toy(dmd={"critic_updates": 1, "scores": scores})
     plan, task = made.plan("dmd", PLENTY), task_of(made, "dmd")
     assert plan is not None
     modules = [task.module, task.critic]  # type: ignore[union-attr]

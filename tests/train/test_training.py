@@ -210,6 +210,8 @@ def test_a_recipe_runs_from_nothing_to_a_model_that_streams(tmp_path: Path) -> N
     assert read_card(path) == toy.card
     model = load_model(str(path))
     assert Recipe.loads(model.card.recipe) == toy
+    for stage in ("vae", "first", "windows", "trajectory", "dmd", "decoder"):
+        assert list((tmp_path / stage / "samples").glob("step-*.png")), stage
     warm = train(toy.replace(warm_start=str(path)), tmp_path / "warm", stages=("latents", "first"))
     assert warm["foreground_first_0.5"] > 0
     with pytest.raises(TrainingError, match="no trained VAE"):
