@@ -54,6 +54,7 @@ def tiny() -> Recipe:
             cross_attention_layers=(0, 2),
             pooled_text=True,
             spatial_embedding=(4, 4),
+            frame_embedding=3,
             prediction="clean",
         ),
         stream=StreamConfig(

@@ -146,16 +146,27 @@ def test_training_reports_its_directory_and_records_the_recipe(
 ) -> None:
     calls = []
 
-    def record(recipe: object, out: Path, stages: object, stop_after_seconds: object) -> dict[str, float]:
-        calls.append((recipe, out, stages, stop_after_seconds))
+    def record(*arguments: object) -> dict[str, float]:
+        calls.append(arguments)
         return {"psnr": 30.5}
 
     monkeypatch.setattr("longtake.train.run.train", record)
     out = tmp_path / "runs" / "mine"
-    argv = ["--out", str(out), "--stage", "windows", "--stage", "vae", "--stop-after-seconds", "5"]
+    argv = [
+        "--out",
+        str(out),
+        "--stage",
+        "windows",
+        "--stage",
+        "vae",
+        "--stop-after-seconds",
+        "5",
+        "--memory-gb",
+        "2",
+    ]
     assert main(["train", "tiny", *argv]) == 0
     printed, err = capsys.readouterr()
     assert printed == f"{out}\n"
     assert "psnr: 30.5" in err
-    assert calls == [(RECIPES["tiny"](), out, ("vae", "windows"), 5.0)]
+    assert calls == [(RECIPES["tiny"](), out, ("vae", "windows"), 5.0, 2.0)]
     assert json.loads((out / "recipe.json").read_text())["name"] == "tiny"

@@ -277,6 +277,35 @@ def test_clean_prediction_is_returned_as_flow() -> None:
     torch.testing.assert_close(x - sigma * flow, head, atol=1e-5, rtol=1e-5)
 
 
+def test_frames_know_their_place_in_the_chunk() -> None:
+    plain, placed = small_dit(), small_dit(frame_embedding=2)
+    placed.load_state_dict({**placed.state_dict(), **plain.state_dict()})
+    assert placed.frame_embedding is not None
+    torch.nn.init.zeros_(placed.frame_embedding.weight)  # as it starts outside of tests
+    x, text = torch.randn(1, 4, 3, 2, 3), placed.encode_text(torch.randn(1, 4, 8))
+    times = torch.full((1, 4), 500.0)
+    view = full_view(placed.cache_spec(), range(4), GRID)
+
+    def flow(dit: DiT) -> torch.Tensor:
+        made: torch.Tensor = dit(x, times, text, view)[0]
+        return made
+
+    torch.testing.assert_close(flow(placed), flow(plain))
+    with torch.no_grad():
+        placed.frame_embedding.weight.normal_()
+    assert not torch.allclose(flow(placed), flow(plain), atol=1e-3)
+    assert torch.equal(placed.frame_embedding(4)[:2], placed.frame_embedding(4)[2:])
+
+
+def test_layers_can_be_observed() -> None:
+    dit = small_dit()
+    seen: dict[int, Tensor] = {}
+    x, text = torch.randn(2, 2, 3, 2, 3), dit.encode_text(torch.randn(2, 4, 8))
+    view = full_view(dit.cache_spec(), range(2), GRID)
+    dit(x, torch.full((2, 2), 500.0), text, view, observe=seen.__setitem__)
+    assert {layer: tuple(tokens.shape) for layer, tokens in seen.items()} == {0: (2, 12, 24), 1: (2, 12, 24)}
+
+
 def test_spatial_embedding_serves_other_grids() -> None:
     dit = small_dit(spatial_embedding=(2, 3))
     assert dit.spatial_embedding is not None

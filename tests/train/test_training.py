@@ -27,6 +27,7 @@ from longtake.train.latents import (
     load_cache,
 )
 from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.optim import AdamWConfig
 from longtake.train.run import Recipe, train
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig
@@ -57,6 +58,16 @@ def dmd_task() -> DMDTask:
     return DMDTask(student, copy.deepcopy(student), HISTORY, schedule, config, CAPTIONS, CAPTIONS, (4, 4, 4))
 
 
+def guided_task() -> DiTTask:
+    torch.manual_seed(0)
+    module = TextToLatents(TinyTextEncoder(TEXT), DiT(DIT))
+    cache = LatentCacheConfig(num_latent_frames=4, chunk_frames=2, levels=(2, 3), height=32, width=32)
+    clips = FreshClips(TinyVAE(VAE).eval(), cache, guided=True)
+    held_out = clips.draw(np.random.default_rng(0), 2)
+    config = DiTTrainingConfig(loop=loop(4), num_clips=2, num_chunks=2, guide_weight=1.0, guide_layer=1)
+    return DiTTask(module, HISTORY, config, held_out, clips, held_out)
+
+
 def trajectory_task() -> TrajectoryTask:
     student, clips = networks(), dit_task().held_out
     config = TrajectoryConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3, steps_per_level=2)
@@ -64,7 +75,27 @@ def trajectory_task() -> TrajectoryTask:
     return TrajectoryTask(student, teacher, HISTORY, schedule, config, clips, clips, clips)
 
 
-@pytest.mark.parametrize("make", [dit_task, vae_task, dmd_task, trajectory_task])
+def distillation_task() -> DMDTask:
+    """Distribution matching as the 1.3B recipe sets it up."""
+    student = networks()
+    config = DMDConfig(
+        loop=loop(4).replace(accumulation_steps=2, recompute="blocks", ema_from_step=2),
+        num_clips=1,
+        num_chunks=3,
+        critic_updates=2,
+        num_critic_copies=1,
+        scores="clips",
+        critic_error="flow",
+        generator_optimizer=AdamWConfig(learning_rate=1e-3, betas=(0.0, 0.999), weight_decay=0.01),
+        critic_optimizer=AdamWConfig(learning_rate=1e-3, betas=(0.0, 0.999), weight_decay=0.01),
+    )
+    schedule = Schedule(steps=(1000, 500), shift=1.0)
+    return DMDTask(student, copy.deepcopy(student), HISTORY, schedule, config, CAPTIONS, CAPTIONS, (4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "make", [dit_task, guided_task, vae_task, dmd_task, distillation_task, trajectory_task]
+)
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, make: type) -> None:
     whole = make()
     run(whole, whole.config.loop, tmp_path / "whole")

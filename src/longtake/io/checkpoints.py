@@ -45,7 +45,10 @@ WAN: tuple[tuple[str, str], ...] = tuple(
 )
 """Official Wan2.1 names: the same as ours."""
 
-OWN: tuple[tuple[str, str], ...] = (*WAN, *((stem, stem) for stem in ("pooled_text", "spatial_embedding")))
+OWN: tuple[tuple[str, str], ...] = (
+    *WAN,
+    *((stem, stem) for stem in ("pooled_text", "spatial_embedding", "frame_embedding")),
+)
 """Our names: Wan2.1's and those of our options, which no foreign format can hold."""
 
 DIFFUSERS: tuple[tuple[str, str], ...] = (

@@ -10,7 +10,7 @@ beside the flow, the entries its tokens would leave in a history.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,7 +26,14 @@ from longtake.cache.spec import CacheSpec
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryView
-from longtake.models.layers import Block, Head, PatchEmbedding, SpatialEmbedding, TimeFrequencies
+from longtake.models.layers import (
+    Block,
+    FrameEmbedding,
+    Head,
+    PatchEmbedding,
+    SpatialEmbedding,
+    TimeFrequencies,
+)
 
 TIMESTEPS = 1000.0
 """Timestep of pure noise: sigma = timestep / 1000."""
@@ -49,6 +56,9 @@ class DiTConfig(Config):
             so that modulation sees the prompt.
         spatial_embedding: token grid (rows, columns) of a learned absolute position added to every token,
             or None.
+        frame_embedding: latent frames after which a learned embedding of a frame's place in its chunk, added
+            to its tokens, repeats; None for none. Rotary positions tell attention how far apart two tokens
+            are, but no token how far ahead of its past it is.
         prediction: what the head predicts, the flow or the clean latent. The forward pass returns the flow
             anyway.
         clean_sigma_min: with "clean", the smallest sigma that ``flow = (x - x0) / sigma`` divides by.
@@ -70,6 +80,7 @@ class DiTConfig(Config):
     cross_attention_layers: Literal["all"] | tuple[int, ...] = "all"
     pooled_text: bool = False
     spatial_embedding: tuple[int, int] | None = None
+    frame_embedding: int | None = Field(default=None, ge=1)
     prediction: Literal["flow", "clean"] = "flow"
     clean_sigma_min: float = Field(default=1e-3, gt=0)
 
@@ -197,6 +208,9 @@ class DiT(nn.Module):
             if config.spatial_embedding is not None
             else None
         )
+        self.frame_embedding = (
+            FrameEmbedding(config.frame_embedding, width) if config.frame_embedding is not None else None
+        )
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -279,6 +293,7 @@ class DiT(nn.Module):
         text: TextContext,
         view: HistoryView,
         recompute: bool = False,
+        observe: Callable[[int, Tensor], None] | None = None,
     ) -> tuple[Tensor, Entries]:
         """Predict the flow ``noise - clean`` of some frames that read a history.
 
@@ -290,6 +305,7 @@ class DiT(nn.Module):
                 ``recompute`` its tensors must not be overwritten before the backward pass.
             recompute: where gradients are recorded, keep only what enters and leaves each block, and compute
                 the rest again in the backward pass.
+            observe: called with each layer's index and the tokens ``[r, t, w]`` that leave it.
 
         Returns:
             The flow, of the latents' shape with ``out_channels``, and the tokens' entries (keys un-rotated).
@@ -305,6 +321,10 @@ class DiT(nn.Module):
         x_rtw = self.patch_embedding(x_rfchw)
         if self.spatial_embedding is not None:
             x_rtw = (x_rtw.unflatten(1, (view.num_frames, -1)) + self.spatial_embedding(grid)).flatten(1, 2)
+        if self.frame_embedding is not None:
+            x_rtw = (
+                x_rtw.unflatten(1, (view.num_frames, -1)) + self.frame_embedding(view.num_frames)
+            ).flatten(1, 2)
         time_rfw = self.time_embedding(self.time_frequencies(timesteps_rf[:, ::pt]).type_as(x_rtw))
         if text.pooled_rw is not None:
             time_rfw = time_rfw + text.pooled_rw.unsqueeze(1)
@@ -318,6 +338,8 @@ class DiT(nn.Module):
             else:
                 x_rtw, entries = block(*inputs)
             layers.append(entries)
+            if observe is not None:
+                observe(layer, x_rtw)
         patches = self.head(x_rtw, time_rfw)
         out_rfchw = rearrange(
             patches,

@@ -69,6 +69,19 @@ class SpatialEmbedding(nn.Module):
         return resized[0].flatten(1).T
 
 
+class FrameEmbedding(nn.Module):
+    """A learned embedding of a frame's place in its chunk."""
+
+    def __init__(self, chunk_frames: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(chunk_frames, width))
+
+    def forward(self, num_frames: int) -> Tensor:
+        """``[num_frames, 1, w]``, from a chunk's first frame on."""
+        places = torch.arange(num_frames, device=self.weight.device) % len(self.weight)
+        return self.weight[places].unsqueeze(1)
+
+
 class TimeFrequencies(nn.Module):
     """Sinusoidal features of a timestep, cosines first, in float64 and then cast. No parameters."""
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.diffusion.flow import shift_sigmas
+from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
+from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_tokens
 from longtake.train.latents import Clips, ClipSource, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
@@ -50,6 +52,10 @@ class DiTTrainingConfig(Config):
         1.0, gt=0, description="shift of the training sigmas, as in sampling; above 1: more of high noise"
     )
     context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
+    guide_weight: float = Field(
+        0.0, ge=0, description="of the error of reading off tokens where objects are and go; fresh clips only"
+    )
+    guide_layer: int = Field(2, ge=0, description="layer whose tokens are read")
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
@@ -70,7 +76,7 @@ class TextToLatents(nn.Module):
 
 
 def dit_optimizer(
-    networks: TextToLatents,
+    networks: nn.Module,
     muon_learning_rate: float,
     adamw_learning_rate: float,
     precision: Precision,
@@ -78,7 +84,7 @@ def dit_optimizer(
     only_adamw: AdamWConfig | None = None,
 ) -> MuonAdamW:
     """Muon on the matrices between embeddings and output layer, AdamW on these, or AdamW on everything."""
-    names = ("embedding", "position", "modulation", "head.head")
+    names = ("embedding", "position", "modulation", "head.head", "probe")
     return build_optimizer(
         networks, muon_learning_rate, adamw_learning_rate, precision, names, momentum, only_adamw
     )
@@ -107,7 +113,12 @@ class DiTTask:
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
     ) -> None:
-        self.module = module
+        self.networks = module
+        self.module: nn.Module = module
+        self._probe: nn.Linear | None = None
+        if config.guide_weight > 0:
+            self._probe = _probe_of(module.dit, config.guide_layer)
+            self.module = nn.ModuleDict({"networks": module, "probe": self._probe})
         self._rollouts = rollouts
         self.history = history
         self.config = config
@@ -115,13 +126,13 @@ class DiTTask:
         self.clips = clips
         self.held_out = held_out
         self.optimizer = dit_optimizer(
-            module,
+            self.module,
             config.muon_learning_rate,
             config.adamw_learning_rate,
             config.loop.precision,
             only_adamw=config.optimizer,
         )
-        self.learners = {"": Learner(module, self.optimizer, self.loss)}
+        self.learners = {"": Learner(self.module, self.optimizer, self.loss)}
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents over all chunks of the step's clips."""
@@ -131,21 +142,27 @@ class DiTTask:
         weight = config.foreground_weight + progress * (
             config.final_foreground_weight - config.foreground_weight
         )
-        parts: list[tuple[Tensor, Tensor]] = []
+        parts: list[_Errors] = []
         for source, count, num_chunks in (
             (self.first_clips, config.num_first_clips, 1),
             (self.clips, config.num_clips, config.num_chunks),
         ):
             if source is not None and count > 0:
                 parts += self._walk(source.draw(rng, count), num_chunks, weight, generator)
-        loss = torch.stack([part for part, _ in parts]).mean()
-        foreground = torch.stack([error for _, error in parts])
-        return loss, {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
+        loss = torch.stack([part for part, _, _ in parts]).mean()
+        foreground = torch.stack([error for _, error, _ in parts])
+        figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
+        read = [error for _, _, error in parts if error is not None]
+        if read:
+            guide = torch.stack(read).mean()
+            loss = loss + config.guide_weight * guide
+            figures["guide"] = float(guide.detach())
+        return loss, figures
 
     def _walk(
         self, clips: Clips, num_chunks: int, foreground_weight: float, generator: torch.Generator
-    ) -> list[tuple[Tensor, Tensor]]:
-        """(loss, foreground error) of every chunk of the clips."""
+    ) -> list[_Errors]:
+        """The errors of every chunk of the clips."""
         config, frames, num_copies = self.config, self.history.chunk_frames, self.config.num_copies
         num_clips = len(clips)
         dropped = (torch.rand(num_clips, generator=generator) < config.text_dropout).tolist()
@@ -154,16 +171,17 @@ class DiTTask:
         ]
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
         captions = prompts_in_force(prompts, 0)
-        text = self.module.encode(captions)
+        text = self.networks.encode(captions)
+        dit, size = self.networks.dit, latents.shape[-2:]
         recompute = config.loop.recompute == "blocks"
-        walk = Walk(self.module.dit, self.history, text, num_clips, *latents.shape[-2:], recompute=recompute)
+        walk = Walk(dit, self.history, text, num_clips, *size, recompute=recompute)
         told = torch.tensor(clips.opens, dtype=torch.float32)
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
             if prompts_in_force(prompts, span.start) != captions:
                 captions = prompts_in_force(prompts, span.start)
-                walk.set_text(self.module.encode(captions))
+                walk.set_text(self.networks.encode(captions))
             clean = latents[:, span]
             sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)
             target = clean.repeat(num_copies, 1, 1, 1, 1)
@@ -171,11 +189,27 @@ class DiTTask:
             amount = config.context_noise * torch.rand(num_clips, 1, 1, 1, 1, generator=generator)
             context = clean + amount * torch.randn(clean.shape, generator=generator)
             last = chunk == num_chunks - 1
-            predicted = walk.predict(noisy, sigma) if last else walk.advance(noisy, sigma, context)
+            reading = _Reading(config.guide_layer) if self._probe and clips.guide_bfkhw is not None else None
+            if last:
+                predicted = walk.predict(noisy, sigma, reading)
+            else:
+                predicted = walk.advance(noisy, sigma, context, reading)
             counted = (told if chunk == 0 else torch.ones_like(told)).repeat(num_copies)
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
-            results.append(errors)
+            guide = None
+            if reading is not None and self._probe is not None and clips.guide_bfkhw is not None:
+                guide = self._guide_error(self._probe, reading.tokens, clips.guide_bfkhw[:, span])
+            results.append((*errors, guide))
         return results
+
+    def _guide_error(self, probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor) -> Tensor:
+        """Error of what the probe reads off the tokens, those of objects counting five times."""
+        target_buk = guide_tokens(guide_bfkhw.float(), self.networks.dit.config.patch_size[-1])
+        target = target_buk.repeat(len(tokens_ruw) // len(target_buk), 1, 1)
+        weight = 1 + 4 * (target.abs().sum(-1, keepdim=True) > 0)
+        normed = nn.functional.layer_norm(tokens_ruw, tokens_ruw.shape[-1:])
+        error: Tensor = ((probe(normed).float() - target).square() * weight).mean()
+        return error
 
     def _errors(
         self,
@@ -205,8 +239,8 @@ class DiTTask:
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
         num_chunks = min(self.config.num_chunks, latents.shape[1] // frames)
         captions = prompts_in_force(clips.prompts, 0)
-        text = self.module.encode(captions)
-        walk = Walk(self.module.dit, self.history, text, len(clips), *latents.shape[-2:])
+        text = self.networks.encode(captions)
+        walk = Walk(self.networks.dit, self.history, text, len(clips), *latents.shape[-2:])
         generator = torch.Generator().manual_seed(0)
         level_b = torch.tensor(clips.levels).view(-1, 1, 1, 1)
         told_b = torch.tensor(clips.opens).view(-1, 1, 1, 1)
@@ -215,7 +249,7 @@ class DiTTask:
             span = slice(chunk * frames, (chunk + 1) * frames)
             if prompts_in_force(clips.prompts, span.start) != captions:
                 captions = prompts_in_force(clips.prompts, span.start)
-                walk.set_text(self.module.encode(captions))
+                walk.set_text(self.networks.encode(captions))
             clean, mask = latents[:, span], foreground[:, span]
             if chunk in (0, num_chunks - 1):
                 name = "first" if chunk == 0 else "last"
@@ -236,7 +270,31 @@ class DiTTask:
 
     def samples(self) -> Tensor | None:
         """Rollouts, see `train.loop.Task`."""
-        return None if self._rollouts is None else self._rollouts(self.module.dit, self.module.text)
+        return None if self._rollouts is None else self._rollouts(self.networks.dit, self.networks.text)
+
+
+_Errors = tuple[Tensor, Tensor, Tensor | None]
+"""Of a chunk: the loss, the foreground's error, and that of reading the guide where there is one."""
+
+
+class _Reading:
+    """Keeps the tokens that leave one layer."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+
+    def __call__(self, layer: int, tokens_ruw: Tensor) -> None:
+        if layer == self._layer:
+            self.tokens = tokens_ruw
+
+
+def _probe_of(dit: DiT, layer: int) -> nn.Linear:
+    if layer >= dit.config.num_layers:
+        raise ConfigError(
+            f"guide_layer={layer}, but the DiT has {dit.config.num_layers} layers", "use one of its layers"
+        )
+    _, height, width = dit.config.patch_size
+    return nn.Linear(dit.config.width, height * width * NUM_GUIDE_CHANNELS)
 
 
 def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from longtake.config import Config
 from longtake.errors import TrainingError
 from longtake.models.tiny_vae import TinyVAE
+from longtake.train.guide import guide_of
 from longtake.train.loop import autocast_dtype
 from longtake.world import VERSION, Scene, render, render_masks, sample_scene
 from longtake.world.captions import Split
@@ -76,7 +77,8 @@ class Excerpt:
 @dataclass(frozen=True)
 class Clips:
     """Encoded clips: `latents_bfchw` (normalised, half precision), `foreground_bfhw` in 0..1, prompts,
-    whether the first chunk follows from the prompt, and world levels.
+    whether the first chunk follows from the prompt, and world levels; where asked for, `guide_bfkhw` says
+    where objects are and go (`train.guide`).
     """
 
     latents_bfchw: Tensor
@@ -84,6 +86,7 @@ class Clips:
     prompts: tuple[Prompts, ...]
     opens: tuple[bool, ...]
     levels: tuple[int, ...]
+    guide_bfkhw: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -102,6 +105,7 @@ class Clips:
             tuple(self.prompts[row] for row in rows),
             tuple(self.opens[row] for row in rows),
             tuple(self.levels[row] for row in rows),
+            None if self.guide_bfkhw is None else self.guide_bfkhw[index],
         )
 
     def draw(self, rng: np.random.Generator, count: int) -> Clips:
@@ -127,6 +131,7 @@ class FreshClips:
 
     vae: TinyVAE
     config: LatentCacheConfig
+    guided: bool = False
 
     def draw(self, rng: np.random.Generator, count: int) -> Clips:
         """`count` clips of scenes from `first_seed` on, their levels at random."""
@@ -137,7 +142,7 @@ class FreshClips:
             excerpt(self.config, int(seed), self.config.levels[level], stride)
             for seed, level in zip(seeds, levels, strict=True)
         ]
-        return encode_clips(self.vae, excerpts, self.config)
+        return encode_clips(self.vae, excerpts, self.config, self.guided)
 
 
 def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Excerpt:
@@ -183,34 +188,46 @@ def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.ran
 
 
 @torch.no_grad()
-def encode_clips(vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
-    """Render and encode clips of `config.num_latent_frames` latent frames."""
+def encode_clips(
+    vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig, guided: bool = False
+) -> Clips:
+    """Render and encode clips of `config.num_latent_frames` latent frames, `guided`: with their guide."""
     # A training step may be under autocast, which refuses to join tensors of half precision.
     with torch.autocast("cpu", enabled=False):
-        return _encode_clips(vae, excerpts, config)
+        return _encode_clips(vae, excerpts, config, guided)
 
 
-def _encode_clips(vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
+def _encode_clips(
+    vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig, guided: bool
+) -> Clips:
     stride = vae.config.temporal_stride
     num_frames = 1 + (config.num_latent_frames - 1) * stride
     size = (config.height, config.width)
-    latents, foregrounds = [], []
+    latents, foregrounds, guides = [], [], []
     for begin in range(0, len(excerpts), _CLIPS_PER_BATCH):
         batch = [(item.scene, item.start) for item in excerpts[begin : begin + _CLIPS_PER_BATCH]]
         frames = np.stack([render(scene, at, at + num_frames, *size) for scene, at in batch])
-        masks = [render_masks(scene, at, at + num_frames, *size).sum(1) for scene, at in batch]
+        masks = [torch.from_numpy(render_masks(scene, at, at + num_frames, *size)) for scene, at in batch]
+        if guided:
+            cell = vae.config.spatial_stride
+            guides += [
+                guide_of(scene, at, of_clip, stride, cell)
+                for (scene, at), of_clip in zip(batch, masks, strict=True)
+            ]
         state = vae.init_encode_state(len(batch), *size)
         dtype = autocast_dtype("auto", vae.latent_mean.device)
         with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             encoded, _ = vae.encode_chunk(torch.from_numpy(frames).float().div(127.5).sub(1), state)
         latents.append(encoded.half())
-        foregrounds.append(_pool(torch.from_numpy(np.stack(masks)), stride, vae.config.spatial_stride))
+        foreground = torch.stack([of_clip.sum(1) for of_clip in masks])
+        foregrounds.append(_pool(foreground, stride, vae.config.spatial_stride))
     return Clips(
         torch.cat(latents),
         torch.cat(foregrounds),
         tuple(item.prompts for item in excerpts),
         tuple(item.opens for item in excerpts),
         tuple(item.scene.level for item in excerpts),
+        torch.stack(guides) if guided else None,
     )
 
 

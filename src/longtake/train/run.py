@@ -299,7 +299,8 @@ def _load_clips(
     clips: ClipSource | None = None
     if config.num_clips > 0 and config.fresh_clips:
         fresh = recipe.latents.replace(num_latent_frames=num_frames)
-        clips = FreshClips(networks.require_vae(), fresh)
+        guided = isinstance(config, DiTTrainingConfig) and config.guide_weight > 0
+        clips = FreshClips(networks.require_vae(), fresh, guided)
     elif config.num_clips > 0:
         clips = load_cache(out / "latents", num_frames)
     return (

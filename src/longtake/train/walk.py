@@ -10,6 +10,8 @@ rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from longtake.diffusion.flow import NUM_TRAIN_STEPS, add_noise
 from longtake.history.base import HistoryConfig
 from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
+
+Observe = Callable[[int, Tensor], None]
 
 
 class Walk:
@@ -54,13 +58,20 @@ class Walk:
             device=dit.patch_embedding.weight.device,
         )
 
-    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor) -> Tensor:
-        """The clean latents of noisy copies of the next chunk, [r,f,c,h,w]; the history stays as it is."""
-        return self._forward(noisy_rfchw, sigma_r, None)
+    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor, observe: Observe | None = None) -> Tensor:
+        """The clean latents of noisy copies of the next chunk, [r,f,c,h,w]; the history stays as it is.
 
-    def advance(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor) -> Tensor:
-        """As `predict`, and commits `context_bfchw` as the chunk that was."""
-        return self._forward(noisy_rfchw, sigma_r, context_bfchw)
+        `observe` is called with each layer's index and the tokens [r,t,w] that leave it.
+        """
+        return self._forward(noisy_rfchw, sigma_r, None, observe)
+
+    def advance(
+        self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor, observe: Observe | None = None
+    ) -> Tensor:
+        """As `predict`, and commits `context_bfchw` as the chunk that was; its tokens are observed in `b`
+        rows after the noisy ones.
+        """
+        return self._forward(noisy_rfchw, sigma_r, context_bfchw, observe)
 
     def set_text(self, text: TextContext) -> None:
         """Other prompts from the next chunk on, one row per clip; what the history holds stays as it is."""
@@ -70,7 +81,13 @@ class Walk:
         """Commits a chunk without predicting anything."""
         self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw)
 
-    def _forward(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor | None) -> Tensor:
+    def _forward(
+        self,
+        noisy_rfchw: Tensor,
+        sigma_r: Tensor,
+        context_bfchw: Tensor | None,
+        observe: Observe | None = None,
+    ) -> Tensor:
         num_rows, num_frames = len(noisy_rfchw), noisy_rfchw.shape[1]
         inputs, times = noisy_rfchw, NUM_TRAIN_STEPS * sigma_r
         if context_bfchw is not None:
@@ -85,6 +102,7 @@ class Walk:
             self._text.repeat(copies),
             view,
             recompute=self._recompute,
+            observe=observe,
         )
         if context_bfchw is not None:
             self._history = self._history.commit(entries.select(slice(num_rows, None)))

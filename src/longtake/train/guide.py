@@ -1,0 +1,90 @@
+"""What the network's tokens should know of the objects, from the world's ground truth.
+
+A guide is a picture per latent frame at the resolution of the latents: how much of each cell objects cover
+at the first and at the last of its pixel frames, and, where they do, how fast they go and where their centre
+is. A linear probe on the tokens of a middle layer is trained to read it off, in the clean context and in the
+noisy chunk alike; so what is needed to go on with a motion is in the keys and values that later chunks read.
+The idea is that of representation alignment (REPA, arXiv 2410.06940), with truth in place of a pretrained
+encoder.
+
+Legend: t pixel frames, f latent frames, n objects, k guide channels, h/w latent rows and columns, b clips,
+u tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from longtake.world import Scene
+from longtake.world.vocabulary import REFERENCE_HEIGHT
+
+NUM_GUIDE_CHANNELS = 6
+"""Covered at the first and at the last frame; velocity (x, y) in pixels of 64 a frame and offset of the
+centre from the cell (x, y) in cells, both times the covered share."""
+_FASTEST = 4.0 / REFERENCE_HEIGHT  # a jump further than this is a cut
+
+
+def guide_of(scene: Scene, start: int, masks_tnhw: Tensor, stride: int, cell: int) -> Tensor:
+    """The guide of a clip, [f,k,h,w].
+
+    Args:
+        scene: that the clip shows.
+        start: its first frame in the scene.
+        masks_tnhw: what each pixel shows of each object, for `1 + (f - 1) * stride` frames.
+        stride: pixel frames per latent frame.
+        cell: pixels per latent cell along height and width.
+    """
+    num_frames, num_objects, height, width = masks_tnhw.shape
+    center_tn2 = torch.from_numpy(_centers(scene, start, num_frames, num_objects)).float()
+    velocity_tn2 = torch.zeros_like(center_tn2)
+    if num_frames > 1:
+        velocity_tn2[1:] = center_tn2.diff(dim=0)
+        velocity_tn2[0] = velocity_tn2[1]
+    velocity_tn2[velocity_tn2.norm(dim=-1) > _FASTEST] = 0
+
+    covered_tnhw = F.avg_pool2d(masks_tnhw, cell)
+    covered_fgnhw = _groups(covered_tnhw, stride)
+    share_fnhw = covered_fgnhw.mean(1)
+    velocity_fn2 = _groups(velocity_tn2, stride).mean(1) * REFERENCE_HEIGHT
+    center_fn2 = _groups(center_tn2, stride).mean(1) * height / cell
+    rows, columns = height // cell, width // cell
+    place_2hw = torch.stack(torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")) + 0.5
+    offset_fn2hw = center_fn2[..., None, None] - place_2hw
+    return torch.cat(
+        [
+            covered_fgnhw[:, :1].sum(2),
+            covered_fgnhw[:, -1:].sum(2),
+            (share_fnhw[:, :, None] * velocity_fn2[..., None, None]).sum(1),
+            (share_fnhw[:, :, None] * offset_fn2hw).sum(1),
+        ],
+        dim=1,
+    )
+
+
+def guide_tokens(guide_bfkhw: Tensor, patch: int) -> Tensor:
+    """The guide of each token, [b,u,patch*patch*k]."""
+    return rearrange(guide_bfkhw, "b f k (h p) (w q) -> b (f h w) (p q k)", p=patch, q=patch)
+
+
+def _groups(per_frame: Tensor, stride: int) -> Tensor:
+    """Frames of each latent frame, [f,g,...]; the first has one, which is repeated."""
+    first = per_frame[:1].expand(stride, *per_frame.shape[1:])
+    grouped: Tensor = torch.cat([first, per_frame[1:]]).unflatten(0, (-1, stride))  # type: ignore[no-untyped-call]
+    return grouped
+
+
+def _centers(scene: Scene, start: int, num_frames: int, num_objects: int) -> NDArray[np.float64]:
+    """Centres in view heights, relative to the view, [t,n,2]; 0 for objects that a segment lacks."""
+    centers_tn2 = np.zeros((num_frames, num_objects, 2))
+    for segment, first, last in scene.spans(start, start + num_frames):
+        times = np.arange(first, last)
+        for slot, item in enumerate(segment.objects):
+            centers_t2 = item.path.centers(times)
+            centers_t2[:, 0] -= segment.camera.offsets(times)
+            centers_tn2[first - start : last - start, slot] = centers_t2
+    return centers_tn2

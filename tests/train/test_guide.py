@@ -1,0 +1,105 @@
+"""The guide: what tokens should know of the objects, from the world's truth."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+
+from longtake.errors import ConfigError
+from longtake.models.tiny_vae import TinyVAE
+from longtake.train.dit import DiTTask, DiTTrainingConfig
+from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_of, guide_tokens
+from longtake.train.latents import FreshClips, LatentCacheConfig
+from longtake.world import render_masks, sample_scene
+from toy_training import HISTORY, VAE, loop, networks
+
+
+def fresh_task(**changes: object) -> DiTTask:
+    torch.manual_seed(0)
+    cache = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(1, 2), height=32, width=32)
+    source = FreshClips(TinyVAE(VAE).eval(), cache, guided=True)
+    held_out = source.draw(np.random.default_rng(9), 2)
+    config = DiTTrainingConfig(
+        loop=loop(4), num_clips=2, num_first_clips=1, num_chunks=3, guide_weight=1.0, guide_layer=0
+    )
+    return DiTTask(networks(), HISTORY, config.replace(**changes), held_out, source, held_out)
+
+
+@pytest.mark.parametrize(("seed", "level"), [(3, 1), (8, 2), (6, 3)])
+def test_it_says_where_objects_are_and_how_fast_they_go(seed: int, level: int) -> None:
+    scene, start, num_frames = sample_scene(seed, level), 4, 13
+    masks = torch.from_numpy(render_masks(scene, start, start + num_frames))
+    guide = guide_of(scene, start, masks, 4, 8)
+    assert guide.shape == (4, NUM_GUIDE_CHANNELS, 8, 8)
+
+    everything = masks.sum(1)
+    cells = everything.unflatten(1, (8, 8)).unflatten(3, (8, 8)).mean(dim=(2, 4))
+    torch.testing.assert_close(guide[2, 0], cells[5], atol=1e-5, rtol=0)  # latent frame 2: frames 5 to 8
+    torch.testing.assert_close(guide[2, 1], cells[8], atol=1e-5, rtol=0)
+
+    truth = scene.truth(start, start + num_frames)
+    shares = masks[5:9].unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean(dim=(0, 3, 5))  # [n,h,w]
+    moved = (truth.center_xy[5:9] - truth.center_xy[4:8]).mean(0) * 64
+    centers = truth.center_xy[5:9].mean(0) * 8
+    for row in range(8):
+        for column in range(8):
+            share = shares[:, row, column].numpy()
+            velocity = np.nansum(share[:, None] * moved, axis=0)
+            offset = np.nansum(share[:, None] * (centers - [column + 0.5, row + 0.5]), axis=0)
+            np.testing.assert_allclose(guide[2, 2:4, row, column], velocity, atol=1e-4)
+            np.testing.assert_allclose(guide[2, 4:6, row, column], offset, atol=1e-4)
+
+
+def test_tokens_are_those_of_the_patches() -> None:
+    guide = torch.randn(2, 3, NUM_GUIDE_CHANNELS, 4, 6)
+    tokens = guide_tokens(guide, 2)
+    assert tokens.shape == (2, 3 * 2 * 3, 4 * NUM_GUIDE_CHANNELS)
+    corner = rearrange(guide[1, 2, :, 2:4, 4:6], "k p q -> (p q k)")
+    assert torch.equal(tokens[1, -1], corner)
+
+
+def test_the_probe_learns_to_read_and_its_gradient_reaches_the_network() -> None:
+    task = fresh_task()
+    loss, figures = task.loss(0, 0.0)
+    loss.backward()
+    assert set(figures) == {"foreground", "foreground_first", "guide"}
+    plain = fresh_task()
+    plain_loss = torch.stack([part for part, _, _ in _parts(plain)]).mean()
+    plain_loss.backward()
+    name = "blocks.0.self_attn.k.weight"
+    with_guide = task.networks.dit.get_parameter(name).grad
+    without = plain.networks.dit.get_parameter(name).grad
+    assert with_guide is not None
+    assert not torch.allclose(with_guide, without)
+
+    clips = task.held_out
+    before = after = 0.0
+    for index in range(30):
+        guides = [part[2] for part in task._walk(clips, 3, 1.0, torch.Generator().manual_seed(0))]
+        error = torch.stack([guide for guide in guides if guide is not None]).mean()
+        before, after = (float(error.detach()) if index == 0 else before), float(error.detach())
+        task.optimizer.zero_grad()
+        error.backward()
+        task.optimizer.step()
+    assert after < 0.7 * before
+
+
+def _parts(task: DiTTask) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+    rng = np.random.default_rng((task.config.loop.seed, 0))
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+    assert task.clips is not None
+    first = task._walk(task.first_clips.draw(rng, 1), 1, task.config.foreground_weight, generator)
+    return first + task._walk(task.clips.draw(rng, 2), 3, task.config.foreground_weight, generator)
+
+
+def test_clips_without_a_guide_are_trained_without() -> None:
+    task = fresh_task()
+    bare = dataclasses.replace(task.held_out, guide_bfkhw=None)
+    assert all(guide is None for *_, guide in task._walk(bare, 2, 1.0, torch.Generator()))
+
+
+def test_a_layer_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="guide_layer=2, but the DiT has 2 layers"):
+        fresh_task(guide_layer=2)
