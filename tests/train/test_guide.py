@@ -48,8 +48,8 @@ def test_it_says_where_objects_are_and_how_fast_they_go(seed: int, level: int) -
             share = shares[:, row, column].numpy()
             velocity = np.nansum(share[:, None] * moved, axis=0)
             offset = np.nansum(share[:, None] * (centers - [column + 0.5, row + 0.5]), axis=0)
-            np.testing.assert_allclose(guide[2, 2:4, row, column], velocity, atol=1e-4)
-            np.testing.assert_allclose(guide[2, 4:6, row, column], offset, atol=1e-4)
+            np.testing.assert_allclose(guide[2, 2:4, row, column], 4 * velocity, atol=1e-4)
+            np.testing.assert_allclose(guide[2, 4:6, row, column], 2 * offset, atol=1e-4)
 
 
 def test_tokens_are_those_of_the_patches() -> None:

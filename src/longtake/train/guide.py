@@ -24,8 +24,10 @@ from longtake.world import Scene
 from longtake.world.vocabulary import REFERENCE_HEIGHT
 
 NUM_GUIDE_CHANNELS = 6
-"""Covered at the first and at the last frame; velocity (x, y) in pixels of 64 a frame and offset of the
-centre from the cell (x, y) in cells, both times the covered share."""
+"""Covered at the first and at the last frame; velocity (x, y) in quarters of a pixel (of 64) a frame and
+offset of the centre from the cell (x, y) in half cells, both times the covered share. The units say how much
+an error matters: a velocity must be known to a few hundredths of a pixel to last for seconds."""
+_VELOCITY_SCALE, _OFFSET_SCALE = 4.0, 2.0
 _FASTEST = 4.0 / REFERENCE_HEIGHT  # a jump further than this is a cut
 
 
@@ -50,11 +52,11 @@ def guide_of(scene: Scene, start: int, masks_tnhw: Tensor, stride: int, cell: in
     covered_tnhw = F.avg_pool2d(masks_tnhw, cell)
     covered_fgnhw = _groups(covered_tnhw, stride)
     share_fnhw = covered_fgnhw.mean(1)
-    velocity_fn2 = _groups(velocity_tn2, stride).mean(1) * REFERENCE_HEIGHT
+    velocity_fn2 = _groups(velocity_tn2, stride).mean(1) * REFERENCE_HEIGHT * _VELOCITY_SCALE
     center_fn2 = _groups(center_tn2, stride).mean(1) * height / cell
     rows, columns = height // cell, width // cell
     place_2hw = torch.stack(torch.meshgrid(torch.arange(columns), torch.arange(rows), indexing="xy")) + 0.5
-    offset_fn2hw = center_fn2[..., None, None] - place_2hw
+    offset_fn2hw = (center_fn2[..., None, None] - place_2hw) * _OFFSET_SCALE
     return torch.cat(
         [
             covered_fgnhw[:, :1].sum(2),
