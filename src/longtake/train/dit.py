@@ -117,7 +117,7 @@ class DiTTask:
         self.module: nn.Module = module
         self._probe: nn.Linear | None = None
         if config.guide_weight > 0:
-            self._probe = _probe_of(module.dit, config.guide_layer)
+            self._probe = probe_of(module.dit, config.guide_layer)
             self.module = nn.ModuleDict({"networks": module, "probe": self._probe})
         self._rollouts = rollouts
         self.history = history
@@ -288,7 +288,8 @@ class _Reading:
             self.tokens = tokens_ruw
 
 
-def _probe_of(dit: DiT, layer: int) -> nn.Linear:
+def probe_of(dit: DiT, layer: int) -> nn.Linear:
+    """What reads a layer's tokens, trained beside the networks. Raises ConfigError: there is no such layer."""
     if layer >= dit.config.num_layers:
         raise ConfigError(
             f"guide_layer={layer}, but the DiT has {dit.config.num_layers} layers", "use one of its layers"

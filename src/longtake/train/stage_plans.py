@@ -18,7 +18,7 @@ from longtake.models.dit import DiT, DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, vae_cost
-from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer
+from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, probe_of
 from longtake.train.dmd import DMDConfig, score_history
 from longtake.train.loop import build_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
@@ -101,8 +101,10 @@ def plan_dit(
             commits = count if chunk < num_chunks - 1 else 0
             cost += costs.forward(config.num_copies * count + commits, chunk, True, commits)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
+    probe = on_meta(lambda: probe_of(module.dit, config.guide_layer)) if config.guide_weight > 0 else None
+    learned = module if probe is None else nn.ModuleDict({"networks": module, "probe": probe})
     optimizer = dit_optimizer(
-        module,
+        learned,
         config.muon_learning_rate,
         config.adamw_learning_rate,
         config.loop.precision,
@@ -110,7 +112,9 @@ def plan_dit(
     )
     phases = [Phase("walks", cost), *_fresh_clips(sizes, config, arithmetic)]
     networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
-    return plan_stage(stage, config.loop, networks, [(module, optimizer)], phases, arithmetic, data_bytes)
+    if probe is not None:
+        networks["probe"] = probe
+    return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
 
 def plan_trajectory(
