@@ -289,7 +289,7 @@ class _Reading:
 
 
 def probe_of(dit: DiT, layer: int) -> nn.Linear:
-    """What reads a layer's tokens, trained beside the networks. Raises ConfigError: there is no such layer."""
+    """What reads a layer's tokens, trained beside the networks. Raises ConfigError for a layer too many."""
     if layer >= dit.config.num_layers:
         raise ConfigError(
             f"guide_layer={layer}, but the DiT has {dit.config.num_layers} layers", "use one of its layers"
