@@ -65,7 +65,8 @@ def tiny() -> Recipe:
                 window_frames=12, sink_frames=3, chunk_frames=3, positions=Relative(f_max=11)
             ),
             schedule=Schedule(steps=(1000, 800, 550, 250), shift=3.0),
-            guidance=1.25,  # stage dmd builds most of it into the weights
+            opening_schedule=Schedule(shift=3.0).with_num_steps(16),
+            temperature=0.5,
         ),
         vae=VAETrainingConfig(
             loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99),
@@ -101,6 +102,7 @@ def tiny() -> Recipe:
             num_first_clips=16,
             fresh_clips=True,
             sigma_shift=3.0,
+            guide_weight=2.0,
             foreground_weight=3.0,
             final_foreground_weight=2.0,
         ),

@@ -10,6 +10,7 @@ import torch
 
 from longtake.diffusion.flow import Schedule
 from longtake.errors import CheckpointError, ConfigError, TrainingError
+from longtake.io.checkpoints import read_safetensors
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
@@ -241,6 +242,16 @@ def test_a_recipe_runs_from_nothing_to_a_model_that_streams(tmp_path: Path) -> N
     assert read_card(path) == toy.card
     model = load_model(str(path))
     assert Recipe.loads(model.card.recipe) == toy
+    teacher = load_model(str(tmp_path / "toy-teacher.safetensors"))
+    assert (teacher.card.name, len(teacher.card.stream.schedule.steps)) == ("toy-teacher", 32)
+    assert teacher.card.stream.guidance == toy.dmd.guidance
+    taught, _ = read_safetensors(tmp_path / "windows" / "weights.safetensors")
+    learned = model.pipeline.dit.state_dict()
+    for name, tensor in teacher.pipeline.dit.state_dict().items():
+        torch.testing.assert_close(tensor, taught[f"dit.{name}"], atol=0.02, rtol=0.02)  # stored as bf16
+    assert any(
+        not torch.equal(tensor, learned[name]) for name, tensor in teacher.pipeline.dit.state_dict().items()
+    )
     for stage in ("vae", "first", "windows", "trajectory", "dmd", "decoder"):
         assert list((tmp_path / stage / "samples").glob("step-*.png")), stage
     warm = train(toy.replace(warm_start=str(path)), tmp_path / "warm", stages=("latents", "first"))

@@ -35,6 +35,7 @@ Stage = Literal["vae", "latents", "first", "windows", "trajectory", "dmd", "deco
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 _NUM_CLIPS_FOR_STATISTICS = 64
+_NUM_TEACHER_STEPS = 32
 _NUM_SAMPLES = 8
 
 
@@ -283,6 +284,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
         held_out.captions,
         (channels, height, width),
         rollouts=_rollouts(recipe, networks, held_out, config.num_chunks),
+        temperature=stream.temperature,
     )
     figures = run(task, config.loop, out / "dmd", seconds)
     if STOPPED_EARLY not in figures:
@@ -317,7 +319,17 @@ def _rollouts(recipe: Recipe, networks: _Networks, held_out: Clips, num_chunks: 
 
 
 def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
-    module = networks.text_to_latents
+    """The model's file and, where a stage distilled it, its teacher's: the same with many guided steps."""
+    module, teacher = networks.text_to_latents, networks.teacher
     path = out / f"{recipe.name}.safetensors"
-    save_model(path, recipe.card, {"vae": networks.require_vae(), "text": module.text, "dit": module.dit})
+    vae = networks.require_vae()
+    save_model(path, recipe.card, {"vae": vae, "text": module.text, "dit": module.dit})
+    if any((out / stage / "weights.safetensors").exists() for stage in ("trajectory", "dmd")):
+        schedule = recipe.stream.schedule.with_num_steps(_NUM_TEACHER_STEPS)
+        stream = recipe.stream.replace(
+            schedule=schedule, opening_schedule=None, temperature=1.0, guidance=recipe.dmd.guidance
+        )
+        card = recipe.card.replace(name=f"{recipe.name}-teacher", stream=stream)
+        parts = {"vae": vae, "text": teacher.text, "dit": teacher.dit}
+        save_model(out / f"{card.name}.safetensors", card, parts)
     return {"bytes": float(path.stat().st_size)}
