@@ -192,6 +192,13 @@ def test_runs_on_two_splits_are_compared(tmp_path: Path) -> None:
     assert summary.against["colour"].value == 0
     assert {bar.metric: bar.met for bar in summary.bars}["loss of colour against the other run"]
     assert "Against the other run" in (tmp_path / "heldout" / "report.html").read_text()
+    same = run_world_eval(config, FaultySource("frozen"), (), tmp_path / "frozen", against=tmp_path / "train")
+    assert same is not None
+    assert same.against_same_scenes
+    assert same.against["colour"].value == 0
+    assert same.against["speed_px"].value is not None
+    assert same.against["speed_px"].value < -0.1
+    assert "diversity_px" in same.against
     with pytest.raises(EvalError, match="compare evaluations of one model"):
         run_world_eval(heldout, FaultySource("frozen"), (), tmp_path / "x", against=tmp_path / "train")
     with pytest.raises(EvalError, match="no finished evaluation"):

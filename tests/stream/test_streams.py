@@ -128,6 +128,19 @@ def test_chunks_that_open_something_take_the_opening_steps() -> None:
     assert [forwards(stream)[1] for _ in range(2)] == [6, 3]
 
 
+def test_another_sampler_for_the_same_networks() -> None:
+    pipeline = small_pipeline(opening=(1000, 500, 250), guidance=2.0)
+    assert pipeline.with_sampler() is pipeline
+    other = pipeline.with_sampler(num_steps=3, guidance=1)
+    assert other.config.schedule.steps == (1000, 667, 333)
+    assert other.config.opening_schedule is None
+    assert other.config.guidance is None
+    assert other.dit is pipeline.dit
+    own = pipeline.with_sampler(num_steps=2)
+    assert own.config.schedule == pipeline.config.schedule
+    assert (own.config.opening_schedule, own.config.guidance) == (None, 2.0)
+
+
 def test_temperature_scales_the_noise_of_chunks_that_go_on() -> None:
     plain, cold = play(small_pipeline(), 3), play(small_pipeline(temperature=0.0), 3)
     assert_same(plain[0], cold[0])

@@ -26,6 +26,8 @@ class Arguments(Config):
         seed: chooses the scenes.
         out: directory for everything that is written; it is created.
         model_path: name of a model that `longtake models` lists, or path of a .safetensors file.
+        num_inference_steps: denoising steps of every chunk; the model's own where it is left out.
+        guidance_scale: of classifier-free guidance, 1 for none; the model's own where it is left out.
         split: combinations and wordings that training may see, those held out from it, or any.
         sample_every_frames: every n-th frame goes to the detectors; at level 3 every second one at least.
         window_seconds: motion and drift are judged per window of this length.
@@ -34,8 +36,8 @@ class Arguments(Config):
         diversity_seeds: seeds for each of these.
         shard: this run's part as i/n, i from 0.
         ceiling_only: score real clips alone: what the detectors allow at best.
-        against: output directory of a finished run of the same model and level, as a rule with the other
-            --split: the report tells the difference, with its interval.
+        against: output directory of a finished run to compare with: of the same scenes by any model or
+            number of steps (paired), or of the same model and level with another --split.
     """
 
     level: Literal[1, 2, 3] = 1
@@ -44,6 +46,8 @@ class Arguments(Config):
     seed: int = Field(0, ge=0)
     out: Path = Path("outputs/eval-world")
     model_path: str = "tiny"
+    num_inference_steps: int | None = Field(None, ge=1, le=1000)
+    guidance_scale: float | None = Field(None, ge=0)
     split: Literal["train", "heldout", "any"] = "any"
     sample_every_frames: int = Field(4, ge=1, le=6)
     window_seconds: float = Field(5.0, ge=2.0)
@@ -69,7 +73,8 @@ def run(arguments: Arguments) -> int:
     others: tuple[VideoSource, ...] = ()
     if not arguments.ceiling_only:
         model = load_model(arguments.model_path)
-        subject, others = ModelSource(model.pipeline, model.card.name), ceilings(model.pipeline, config.level)
+        pipeline = model.pipeline.with_sampler(arguments.num_inference_steps, arguments.guidance_scale)
+        subject, others = ModelSource(pipeline, model.card.name), ceilings(pipeline, config.level)
     summary = run_world_eval(config, subject, others, arguments.out, shard, Progress(), arguments.against)
     if summary is None:
         print(f"shard {arguments.shard} is done; the last one writes the report to {arguments.out}")

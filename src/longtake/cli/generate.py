@@ -224,11 +224,7 @@ def _configured(pipeline: Pipeline, arguments: Arguments) -> Pipeline:
         for name, value in (("height", arguments.height), ("width", arguments.width), ("fps", arguments.fps))
         if value is not None
     }
-    if arguments.num_inference_steps is not None:
-        changes["schedule"] = pipeline.config.schedule.with_num_steps(arguments.num_inference_steps)
-        changes["opening_schedule"] = None
-    if arguments.guidance_scale is not None:
-        changes["guidance"] = None if arguments.guidance_scale == 1 else arguments.guidance_scale
+    pipeline = pipeline.with_sampler(arguments.num_inference_steps, arguments.guidance_scale)
     if arguments.negative_prompt:
         changes["negative_prompt"] = arguments.negative_prompt
     config = pipeline.config.replace(**changes)

@@ -36,6 +36,8 @@ MAX_LOSS: Final = 0.02
 """How far the mean of a long clip may fall below its own first window."""
 MAX_HELDOUT_LOSS: Final = 0.05
 """How far what is held out from training may fall below what is not."""
+MAX_TEACHER_LOSS: Final = 0.02
+"""How far a few-step model may fall below its many-step teacher on the same scenes."""
 MAX_SPEED_DEVIATION: Final = 0.15
 """How far the objects' mean speed may be off that of real clips of the same prompts, as a share of it."""
 MIN_DEPARTURES: Final = 0.5
@@ -86,6 +88,7 @@ def bars_of(
     sources: Mapping[str, SourceSummary],
     scenes: Sequence[Record],
     against: Mapping[str, Estimate],
+    same_scenes: bool = False,
 ) -> tuple[Bar, ...]:
     """All requirements on the subject.
 
@@ -97,14 +100,18 @@ def bars_of(
         subject: Name of the source under evaluation.
         sources: Figures by source name.
         scenes: The subject's records.
-        against: The subject's differences from another evaluation of it, or nothing.
+        against: The subject's differences from another evaluation, or nothing.
+        same_scenes: Whether that was of the same scenes, as a rule by the teacher.
     """
     ours, real = sources[subject], sources.get(TRUTH)
     asked = LEVEL_BARS[level]
     bars = [Bar.of(metric, ours.metrics[metric].value, required) for metric, required in asked.items()]
-    for label, differences in (("held out", ours.generalization), ("against the other run", against)):
+    for label, differences, bound in (
+        ("held out", ours.generalization, MAX_HELDOUT_LOSS),
+        ("against the other run", against, MAX_TEACHER_LOSS if same_scenes else MAX_HELDOUT_LOSS),
+    ):
         bars += [
-            Bar.most(f"loss of {metric} {label}", 0.0 - value, MAX_HELDOUT_LOSS)
+            Bar.most(f"loss of {metric} {label}", 0.0 - value, bound)
             for metric in asked
             if metric in differences and (value := differences[metric].value) is not None
         ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, Protocol
 
 from pydantic import Field, model_validator
 
@@ -154,11 +154,29 @@ def jobs(config: WorldEvalConfig) -> list[Job]:
     return listed
 
 
-def fingerprint(config: WorldEvalConfig, source: VideoSource) -> dict[str, object]:
+def comparable(config: WorldEvalConfig) -> WorldEvalConfig:
+    """The config without what changes no result."""
+    return config.replace(batch=WorldEvalConfig().batch)
+
+
+class Named(Protocol):
+    """What identifies a source of videos: see `VideoSource`."""
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        ...
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Provenance."""
+        ...
+
+
+def fingerprint(config: WorldEvalConfig, source: Named) -> dict[str, object]:
     """What two runs must share for their records to be put together."""
-    comparable = config.replace(batch=WorldEvalConfig().batch)  # the batch changes no result
     return {
-        "config": comparable.digest(),
+        "config": comparable(config).digest(),
         "world": VERSION,
         "metrics": list(METRICS),
         "source": source.name,
@@ -206,7 +224,7 @@ def evaluate(
     return records
 
 
-def merge(config: WorldEvalConfig, source: VideoSource, out: Path) -> list[Record] | None:
+def merge(config: WorldEvalConfig, source: Named, out: Path) -> list[Record] | None:
     """The records of all shards in job order, or None while some are missing."""
     found: dict[tuple[str, int, int], Record] = {}
     for path in sorted(out.glob(_records_name(source.name, None))):
@@ -282,5 +300,5 @@ def _records_name(source: str, shard: Shard | None) -> str:
     return f"{source}-*of*.jsonl" if shard is None else f"{source}-{shard.index}of{shard.count}.jsonl"
 
 
-def _file(path: Path, config: WorldEvalConfig, source: VideoSource) -> RecordFile[Record]:
+def _file(path: Path, config: WorldEvalConfig, source: Named) -> RecordFile[Record]:
     return RecordFile(path, Record, fingerprint(config, source))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from longtake.config import Config
@@ -51,7 +52,9 @@ class Summary(Config):
         subject: Name of the source under evaluation; the others are ceilings.
         sources: Figures by source name.
         differences: The subject less each ceiling, paired by scene.
-        against: The subject's shares less those in another evaluation of it, unpaired; empty without one.
+        against: The subject's figures less those in another evaluation; empty without one.
+        against_same_scenes: Whether these are paired by scene, all metrics and spreads; else shares,
+            unpaired.
         bars: Requirements on the subject.
     """
 
@@ -62,7 +65,16 @@ class Summary(Config):
     sources: dict[str, SourceSummary]
     differences: dict[str, dict[str, Estimate]]
     against: dict[str, Estimate]
+    against_same_scenes: bool
     bars: tuple[Bar, ...]
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another evaluation: its subject's records in job order, and whether they are of the same scenes."""
+
+    records: Sequence[Record]
+    same_scenes: bool
 
 
 def summarize(
@@ -70,7 +82,7 @@ def summarize(
     subject: str,
     records: Mapping[str, Sequence[Record]],
     about: Mapping[str, dict[str, str]],
-    other: Sequence[Record] = (),
+    other: Other | None = None,
 ) -> Summary:
     """Puts the records of the subject and its ceilings into tables.
 
@@ -79,7 +91,7 @@ def summarize(
         subject: Which source is under evaluation.
         records: By source, in job order.
         about: Provenance by source.
-        other: The subject's records in another evaluation, to compare with.
+        other: Another evaluation to compare with.
     """
     scenes = {name: [item for item in listed if item.kind == "scene"] for name, listed in records.items()}
     sources = {
@@ -111,7 +123,12 @@ def summarize(
         for name, theirs in scenes.items()
         if name != subject
     }
-    against = _shortfall(scenes[subject], [item for item in other if item.kind == "scene"])
+    against: dict[str, Estimate] = {}
+    if other is not None and other.same_scenes:
+        against = _paired(records[subject], other.records)
+    elif other is not None:
+        against = _shortfall(scenes[subject], [item for item in other.records if item.kind == "scene"])
+    same_scenes = other is not None and other.same_scenes
     return Summary(
         config=config,
         config_digest=config.digest(),
@@ -120,7 +137,8 @@ def summarize(
         sources=sources,
         differences=differences,
         against=against,
-        bars=bars_of(config.level, subject, sources, scenes[subject], against),
+        against_same_scenes=same_scenes,
+        bars=bars_of(config.level, subject, sources, scenes[subject], against, same_scenes),
     )
 
 
@@ -134,6 +152,19 @@ def _shortfall(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Es
         )
         for metric in SHARES
     }
+
+
+def _paired(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Estimate]:
+    """Ours less theirs of the same jobs, all metrics and spreads."""
+    pairs = [
+        (mine.scores, other.scores) for mine, other in zip(ours, theirs, strict=True) if mine.kind == "scene"
+    ]
+    found: dict[str, Estimate] = {
+        metric: paired_difference([mine[metric] for mine, _ in pairs], [other[metric] for _, other in pairs])
+        for metric in METRICS
+    }
+    mine, other = _spreads(ours), _spreads(theirs)
+    return found | {key: paired_difference(mine[key], other[key]) for key in SPREADS}
 
 
 def _ratios(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Estimate]:

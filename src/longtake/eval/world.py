@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
 from longtake.eval.lazy import pyplot
 from longtake.eval.report import write_report
-from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, merge, sheet_path
-from longtake.eval.score import Record
+from longtake.eval.runner import Shard, WorldEvalConfig, comparable, evaluate, merge, sheet_path
 from longtake.eval.source import VideoSource
-from longtake.eval.summary import Summary, summarize
+from longtake.eval.summary import Other, Summary, summarize
 
 SUMMARY_NAME = "summary.json"
 Progress = Callable[[str, int, int], None]
@@ -38,18 +38,19 @@ def run_world_eval(
         out: Directory for records, summary and report.
         shard: Which part; all by default.
         progress: Told about every finished batch.
-        against: Directory of a finished evaluation of the same subject at the same level, as a rule with
-            another split, to compare with.
+        against: Directory of a finished evaluation to compare with: of the same scenes, by whatever model or
+            sampler (paired by scene), or of the same subject on other scenes of the same level, as a rule
+            another split.
 
     Returns:
         The summary, or None while other shards are missing.
 
     Raises:
-        EvalError: `out` holds records of another evaluation, `against` none of this subject, or matplotlib
+        EvalError: `out` holds records of another evaluation, `against` none to compare with, or matplotlib
             (extra `eval`) is missing.
     """
     pyplot()  # a missing package is told before hours of work, not after
-    other = [] if against is None else _other(config, subject, against)
+    other = None if against is None else _other(config, subject, against)
     sources = (subject, *ceilings)
     for source in sources:
         tell = None if progress is None else _bound(progress, source.name)
@@ -66,8 +67,8 @@ def run_world_eval(
     return summary
 
 
-def _other(config: WorldEvalConfig, subject: VideoSource, out: Path) -> list[Record]:
-    """The subject's records of an evaluation in another directory."""
+def _other(config: WorldEvalConfig, subject: VideoSource, out: Path) -> Other:
+    """The records of an evaluation in another directory."""
     try:
         finished = Summary.load(out / SUMMARY_NAME)
     except ConfigError as error:
@@ -80,16 +81,25 @@ def _other(config: WorldEvalConfig, subject: VideoSource, out: Path) -> list[Rec
             f"{str(out)!r} is of level {finished.config.level}, and this one of level {config.level}",
             "compare evaluations of one level",
         )
-    theirs = finished.sources[finished.subject].about
-    if finished.subject != subject.name or theirs != subject.about:
+    theirs = Recorded(finished.subject, finished.sources[finished.subject].about)
+    paired = comparable(finished.config) == comparable(config)
+    if not paired and theirs != Recorded(subject.name, subject.about):
         raise EvalError(
-            f"{str(out)!r} is of {theirs}, and this one of {subject.about}",
-            "compare evaluations of one model",
+            f"{str(out)!r} is of {theirs.about} on other scenes, and this one of {subject.about}",
+            "compare evaluations of one model, or of the same scenes",
         )
-    records = merge(finished.config, subject, out)
+    records = merge(finished.config, theirs, out)
     if records is None:
         raise EvalError(f"records are missing in {str(out)!r}", "run that evaluation again")
-    return records
+    return Other(records, paired)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A source that was evaluated before."""
+
+    name: str
+    about: dict[str, str]
 
 
 def _bound(progress: Progress, name: str) -> Callable[[int, int], None]:

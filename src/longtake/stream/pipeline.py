@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -89,6 +91,25 @@ class Pipeline:
     def device(self) -> torch.device:
         """Where the DiT lives."""
         return self.dit.patch_embedding.weight.device
+
+    def with_sampler(self, num_steps: int | None = None, guidance: float | None = None) -> Pipeline:
+        """The same networks, sampled otherwise; None leaves what the model says.
+
+        Args:
+            num_steps: denoising steps of every chunk, opening ones too; where it is not the model's own
+                number, they are evenly spaced.
+            guidance: scale of classifier-free guidance; 1 for none.
+
+        Raises:
+            ConfigError: not 1 to 1000 steps.
+        """
+        changes: dict[str, Any] = {}
+        if num_steps is not None:
+            changes["schedule"] = self.config.schedule.with_num_steps(num_steps)
+            changes["opening_schedule"] = None
+        if guidance is not None:
+            changes["guidance"] = None if guidance == 1 else guidance
+        return dataclasses.replace(self, config=self.config.replace(**changes)) if changes else self
 
     def num_pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that the first latent frames of a stream decode to."""
