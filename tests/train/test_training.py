@@ -214,7 +214,7 @@ def test_a_switched_prompt_changes_the_chunks_from_there_on() -> None:
     losses = []
     for item in (clips, dataclasses.replace(clips, prompts=switched)):
         parts = task._walk(item, 3, 1.0, torch.Generator().manual_seed(0))
-        losses.append([float(part.detach()) for part, _ in parts])
+        losses.append([float(part.detach()) for part, _, _ in parts])
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
 
