@@ -31,7 +31,7 @@ _MIXED_LEVELS = (1, 2, 1, 3)
 
 def tiny() -> Recipe:
     """The model that ships: all levels of the world at 64x64, 16 fps."""
-    vae_model = TinyVAEConfig(fine_mixes=True)
+    vae_model = TinyVAEConfig(latent_channels=24, num_encoder_blocks=4, fine_mixes=True)
     text_model = TinyTextConfig(words=WORDS, max_words=47)
     channels = vae_model.latent_channels
     return Recipe(
@@ -90,6 +90,7 @@ def tiny() -> Recipe:
             num_clips=0,
             num_first_clips=32,
             num_chunks=1,
+            fresh_clips=True,
             sigma_shift=3.0,
             final_foreground_weight=3.0,
         ),

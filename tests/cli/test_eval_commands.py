@@ -11,7 +11,7 @@ import pytest
 from longtake.cli import eval_gallery, eval_interactive, main
 from longtake.config import Config
 from longtake.eval.gallery import GalleryConfig
-from longtake.eval.interactive import InteractiveConfig
+from longtake.eval.interactive_records import InteractiveConfig
 from model_file import write_model
 
 

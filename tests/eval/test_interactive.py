@@ -9,20 +9,14 @@ import pytest
 
 from faulty_sources import FaultySource
 from longtake.eval.errors import EvalError
-from longtake.eval.interactive import (
-    HOLD_FRAMES,
-    PNG_NAME,
-    SUMMARY_NAME,
+from longtake.eval.interactive import PNG_NAME, SUMMARY_NAME, run_interactive, scripts_of
+from longtake.eval.interactive_records import (
     InteractiveConfig,
     InteractiveRecord,
     InteractiveSource,
     InteractiveSummary,
-    arrival,
-    latencies,
-    run_interactive,
-    scripts_of,
-    summarize_source,
 )
+from longtake.eval.interactive_summary import HOLD_FRAMES, arrival, latencies, summarize_source
 from longtake.eval.source import TruthSource
 
 CONFIG = InteractiveConfig(streams=2, prompts=3, seconds_each=2)

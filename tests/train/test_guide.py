@@ -10,9 +10,11 @@ from einops import rearrange
 from longtake.errors import ConfigError
 from longtake.models.tiny_vae import TinyVAE
 from longtake.train.dit import DiTTask, DiTTrainingConfig
-from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_of, guide_tokens
+from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
 from longtake.train.latents import FreshClips, LatentCacheConfig
+from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks, sample_scene
+from longtake.world.vocabulary import OBJECT_RGB, SHAPES
 from toy_training import HISTORY, VAE, loop, networks
 
 
@@ -28,7 +30,7 @@ def fresh_task(**changes: object) -> DiTTask:
 
 
 @pytest.mark.parametrize(("seed", "level"), [(3, 1), (8, 2), (6, 3)])
-def test_it_says_where_objects_are_and_how_fast_they_go(seed: int, level: int) -> None:
+def test_it_says_what_objects_are_where_and_how_fast_they_go(seed: int, level: int) -> None:
     scene, start, num_frames = sample_scene(seed, level), 4, 13
     masks = torch.from_numpy(render_masks(scene, start, start + num_frames))
     guide = guide_of(scene, start, masks, 4, 8)
@@ -43,6 +45,7 @@ def test_it_says_where_objects_are_and_how_fast_they_go(seed: int, level: int) -
     shares = masks[5:9].unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean(dim=(0, 3, 5))  # [n,h,w]
     moved = (truth.center_xy[5:9] - truth.center_xy[4:8]).mean(0) * 64
     centers = truth.center_xy[5:9].mean(0) * 8
+    objects = scene.segments[0].objects
     for row in range(8):
         for column in range(8):
             share = shares[:, row, column].numpy()
@@ -50,6 +53,15 @@ def test_it_says_where_objects_are_and_how_fast_they_go(seed: int, level: int) -
             offset = np.nansum(share[:, None] * (centers - [column + 0.5, row + 0.5]), axis=0)
             np.testing.assert_allclose(guide[2, 2:4, row, column], 4 * velocity, atol=1e-4)
             np.testing.assert_allclose(guide[2, 4:6, row, column], 2 * offset, atol=1e-4)
+            for index, shape in enumerate(SHAPES):
+                of_shape = sum(share[i] for i, item in enumerate(objects) if item.shape == shape)
+                np.testing.assert_allclose(guide[2, 6 + index, row, column], of_shape, atol=1e-4)
+            for index in range(3):
+                tints = [
+                    share[i] * (OBJECT_RGB[item.colour][index] / 127.5 - 1) for i, item in enumerate(objects)
+                ]
+                np.testing.assert_allclose(guide[2, 10 + index, row, column], sum(tints), atol=1e-4)
+    assert not guide[0, 2:4].any()  # a single picture shows no motion
 
 
 def test_tokens_are_those_of_the_patches() -> None:
@@ -58,6 +70,46 @@ def test_tokens_are_those_of_the_patches() -> None:
     assert tokens.shape == (2, 3 * 2 * 3, 4 * NUM_GUIDE_CHANNELS)
     corner = rearrange(guide[1, 2, :, 2:4, 4:6], "k p q -> (p q k)")
     assert torch.equal(tokens[1, -1], corner)
+
+
+def test_errors_are_told_by_part_and_touched_cells_count_five_times() -> None:
+    guide = torch.zeros(2, NUM_GUIDE_CHANNELS, 1, 2)
+    guide[:, 0, 0, 0] = 1.0
+    read = guide.clone()
+    read[:, 0] += 1.0  # the first channel of "covered", at both cells
+    read[:, -1, 0, 1] += 2.0  # the last of "colour", at the untouched one
+    errors = guide_errors(read, guide, 1)
+    assert list(errors) == list(GUIDE_PARTS)
+    assert errors["covered"] == pytest.approx((5 + 1) / 2 / 2)
+    assert errors["colour"] == pytest.approx(4 / 2 / 3)
+    assert errors["shape"] == errors["velocity"] == errors["offset"] == 0
+    tokens, read_tokens = guide_tokens(guide[:, None], 1), guide_tokens(read[:, None], 1)
+    assert guide_errors(read_tokens, tokens, -1)["covered"] == errors["covered"]
+
+
+def test_the_autoencoder_learns_latents_that_can_be_read() -> None:
+    torch.manual_seed(0)
+    config = VAETrainingConfig(
+        loop=loop(60),
+        num_clips=4,
+        num_latent_frames=3,
+        height=32,
+        width=32,
+        guide_weight=1.0,
+        guide_noise=0.1,
+    )
+    task = VAETask(TinyVAE(VAE), config)
+    seen = []
+    for step in range(60):
+        loss, figures = task.loss(step, 0.0)
+        task.optimizer.zero_grad()
+        loss.backward()
+        task.optimizer.step()
+        seen.append(figures)
+    before, after = (float(np.mean([f["guide_covered"] for f in some])) for some in (seen[:10], seen[-10:]))
+    assert after < 0.7 * before
+    assert task.vae.encoder.head.weight.grad is not None
+    assert set(task.vae.state_dict()) == set(TinyVAE(VAE).state_dict())
 
 
 def test_the_probe_learns_to_read_and_its_gradient_reaches_the_network() -> None:
@@ -90,6 +142,7 @@ def _parts(task: DiTTask) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor
     rng = np.random.default_rng((task.config.loop.seed, 0))
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
     assert task.clips is not None
+    assert task.first_clips is not None
     first = task._walk(task.first_clips.draw(rng, 1), 1, task.config.foreground_weight, generator)
     return first + task._walk(task.clips.draw(rng, 2), 3, task.config.foreground_weight, generator)
 

@@ -160,6 +160,10 @@ def test_a_probe_is_counted_with_what_it_reads() -> None:
     plan, task = made.plan("windows", PLENTY), task_of(made, "windows")
     assert plan is not None
     assert plan.fixed["gradients"] == sum(p.nbytes for p in task.module.parameters())
+    made = toy(vae={"guide_weight": 1.0})
+    plan, task = made.plan("vae", PLENTY), task_of(made, "vae")
+    assert plan is not None
+    assert plan.fixed["gradients"] == sum(p.nbytes for p in task.module.parameters())
 
 
 def windows(**changes: object) -> StagePlan:

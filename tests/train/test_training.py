@@ -52,6 +52,11 @@ def vae_task() -> VAETask:
     return VAETask(TinyVAE(VAE), config)
 
 
+def guided_vae_task() -> VAETask:
+    task = vae_task()
+    return VAETask(task.vae, task.config.replace(guide_weight=1.0))
+
+
 def dmd_task() -> DMDTask:
     student = networks()
     config = DMDConfig(loop=loop(4), num_clips=2, num_chunks=3, critic_updates=2)
@@ -95,7 +100,7 @@ def distillation_task() -> DMDTask:
 
 
 @pytest.mark.parametrize(
-    "make", [dit_task, guided_task, vae_task, dmd_task, distillation_task, trajectory_task]
+    "make", [dit_task, guided_task, vae_task, guided_vae_task, dmd_task, distillation_task, trajectory_task]
 )
 def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, make: type) -> None:
     whole = make()
@@ -113,7 +118,7 @@ def test_jumps_from_frame_to_frame_can_be_trained_away() -> None:
     """Weight on differences moves no optimum, but an error that flickers costs more than one that stays."""
     task = vae_task()
     plain, _ = task.loss(0, 0.0)
-    weighted = VAETask(task.module, task.config.replace(difference_weight=2.0))
+    weighted = VAETask(task.vae, task.config.replace(difference_weight=2.0))
     loss, _ = weighted.loss(0, 0.0)
     assert float(loss.detach()) > float(plain.detach())
 

@@ -48,7 +48,8 @@ class Arguments(Config):
 
 def run(arguments: Arguments) -> int:
     """Test; returns the exit code."""
-    from longtake.eval.interactive import InteractiveConfig, run_interactive
+    from longtake.eval.interactive import run_interactive
+    from longtake.eval.interactive_records import InteractiveConfig
     from longtake.eval.model import ModelSource, ceilings
     from longtake.stream.bundle import load_model
     from longtake.stream.state import PromptSwitch

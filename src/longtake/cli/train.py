@@ -10,6 +10,7 @@ from typing import Annotated, TypeVar
 import tyro
 from pydantic import Field
 
+from longtake.cli.evaluation import make_directory
 from longtake.config import Config
 from longtake.errors import ConfigError, UsageError, nearest
 
@@ -81,12 +82,7 @@ def run(arguments: Arguments) -> int:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     out = arguments.out or Path("runs") / recipe.name
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"cannot create the directory {str(out)!r}: {error.strerror}", "give another --out"
-        ) from error
+    make_directory(out)
     recipe.dump(out / "recipe.json")
     seconds, memory_gb = arguments.stop_after_seconds, arguments.memory_gb
     if isinstance(recipe, DistillationRecipe):

@@ -128,15 +128,10 @@ def write_gallery(
         Bytes written.
 
     Raises:
-        EvalError: `out` cannot be made, or even the coarsest clips exceed `MAX_BYTES`.
+        EvalError: even the coarsest clips exceed `MAX_BYTES`.
     """
     pyplot()  # a missing package is told before the work, not after
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise EvalError(
-            f"cannot create the directory {str(out)!r}: {error.strerror}", "give another --out"
-        ) from error
+    out.mkdir(parents=True, exist_ok=True)
     for old in (*out.glob("level-*.png"), *out.glob("level-*.mp4")):
         old.unlink()
     videos: dict[str, Frames] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -107,7 +107,7 @@ def summarize(
                 [item for item in scenes[name] if item.heldout],
                 [item for item in scenes[name] if not item.heldout],
             ),
-            ratios=_ratios(listed, records[TRUTH]) if TRUTH in records else {},
+            ratios=(_of_same_jobs(paired_ratio, RATIOS, listed, records[TRUTH]) if TRUTH in records else {}),
             windows=_windows(scenes[name]),
             drift=_drift(scenes[name]),
         )
@@ -125,7 +125,7 @@ def summarize(
     }
     against: dict[str, Estimate] = {}
     if other is not None and other.same_scenes:
-        against = _paired(records[subject], other.records)
+        against = _of_same_jobs(paired_difference, METRICS, records[subject], other.records)
     elif other is not None:
         against = _shortfall(scenes[subject], [item for item in other.records if item.kind == "scene"])
     same_scenes = other is not None and other.same_scenes
@@ -154,31 +154,22 @@ def _shortfall(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Es
     }
 
 
-def _paired(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Estimate]:
-    """Ours less theirs of the same jobs, all metrics and spreads."""
+def _of_same_jobs(
+    statistic: Callable[[Sequence[float | None], Sequence[float | None]], Estimate],
+    metrics: Sequence[str],
+    ours: Sequence[Record],
+    theirs: Sequence[Record],
+) -> dict[str, Estimate]:
+    """A statistic of pairs: metrics of the same scenes, and spreads of the same prompts."""
     pairs = [
         (mine.scores, other.scores) for mine, other in zip(ours, theirs, strict=True) if mine.kind == "scene"
     ]
-    found: dict[str, Estimate] = {
-        metric: paired_difference([mine[metric] for mine, _ in pairs], [other[metric] for _, other in pairs])
-        for metric in METRICS
+    found = {
+        metric: statistic([mine[metric] for mine, _ in pairs], [other[metric] for _, other in pairs])
+        for metric in metrics
     }
     mine, other = _spreads(ours), _spreads(theirs)
-    return found | {key: paired_difference(mine[key], other[key]) for key in SPREADS}
-
-
-def _ratios(ours: Sequence[Record], theirs: Sequence[Record]) -> dict[str, Estimate]:
-    """`RATIOS` and spreads of two sources' records of the same jobs."""
-    pairs = [
-        (mine.scores, other.scores) for mine, other in zip(ours, theirs, strict=True) if mine.kind == "scene"
-    ]
-    found: dict[str, Estimate] = {
-        metric: paired_ratio([mine[metric] for mine, _ in pairs], [other[metric] for _, other in pairs])
-        for metric in RATIOS
-    }
-    mine, other = _spreads(ours), _spreads(theirs)
-    found |= {key: paired_ratio(mine[key], other[key]) for key in SPREADS}
-    return found
+    return found | {key: statistic(mine[key], other[key]) for key in SPREADS}
 
 
 def _estimates(scenes: Sequence[Record]) -> dict[str, Estimate]:

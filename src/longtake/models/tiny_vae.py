@@ -23,7 +23,7 @@ from longtake.errors import ModelError
 
 State = dict[str, Tensor]
 STARTED = "started"
-_MIDDLE, _FINE = "middle", "fine"
+_MIDDLE, _FINE, _LAST = "middle", "fine", "last"
 
 
 class TinyVAEConfig(Config):
@@ -31,8 +31,10 @@ class TinyVAEConfig(Config):
 
     Args:
         num_blocks: residual blocks per level.
-        fine_mixes: whether the decoder mixes time at its two finer levels as well, so that a group of frames
-            sees the pixels of the group before it and joins on smoothly.
+        num_encoder_blocks: residual blocks at the encoder's coarse level, where it sees whole objects; None:
+            as many as elsewhere.
+        fine_mixes: whether the decoder mixes time at its two finer levels as well, and once more before its
+            last layer, so that a group of frames sees how the one before it was drawn and joins on smoothly.
     """
 
     pixel_channels: int = Field(3, ge=1)
@@ -41,6 +43,7 @@ class TinyVAEConfig(Config):
     encoder_widths: tuple[int, int] = (96, 192)
     decoder_widths: tuple[int, int, int] = (64, 96, 192)
     num_blocks: int = Field(2, ge=1)
+    num_encoder_blocks: int | None = Field(None, ge=1)
     fine_mixes: bool = False
 
     @property
@@ -107,7 +110,7 @@ class TinyEncoder(nn.Module):
         self.stem = nn.Conv2d(config.pixel_channels * config.temporal_stride * 16, fine, 3, padding=1)
         self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(config.num_blocks)))
         self.down = nn.Conv2d(fine, coarse, 4, stride=2, padding=1)
-        self.trunk = _Trunk(coarse, config.num_blocks)
+        self.trunk = _Trunk(coarse, config.num_encoder_blocks or config.num_blocks)
         self.head = nn.Conv2d(coarse, config.latent_channels, 3, padding=1)
 
     def forward(self, groups_nchw: Tensor, state: State) -> tuple[Tensor, State]:
@@ -131,6 +134,7 @@ class TinyDecoder(nn.Module):
         self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(config.num_blocks)))
         self.middle_mix = CausalTimeMix(middle) if config.fine_mixes else None
         self.fine_mix = CausalTimeMix(fine) if config.fine_mixes else None
+        self.last_mix = CausalTimeMix(fine) if config.fine_mixes else None
         self.head = nn.Conv2d(fine, 4 * config.pixel_channels * config.temporal_stride, 3, padding=1)
 
     def forward(self, latents_nchw: Tensor, state: State) -> tuple[Tensor, State]:
@@ -142,7 +146,10 @@ class TinyDecoder(nn.Module):
         x = F.pixel_shuffle(self.up2(F.relu(self.middle(x))), 2)
         if self.fine_mix is not None:
             x, new_state[_FINE] = self.fine_mix(x, state[_FINE])
-        return F.pixel_shuffle(self.head(F.relu(self.fine(x))), 2), new_state
+        x = self.fine(x)
+        if self.last_mix is not None:
+            x, new_state[_LAST] = self.last_mix(x, state[_LAST])
+        return F.pixel_shuffle(self.head(F.relu(x)), 2), new_state
 
 
 class TinyVAE(nn.Module):
@@ -176,6 +183,7 @@ class TinyVAE(nn.Module):
             like = self.latent_mean
             state[_MIDDLE] = like.new_zeros(batch, middle, height // 4, width // 4)
             state[_FINE] = like.new_zeros(batch, fine, height // 2, width // 2)
+            state[_LAST] = state[_FINE].clone()
         return state
 
     def encode_chunk(self, frames_bthwc: Tensor, state: State) -> tuple[Tensor, State]:

@@ -2,7 +2,8 @@
 
 The file is a safetensors file with tensors `vae.*`, `text.*` and `dit.*`, stored in half precision and
 computed in single, and a `ModelCard` as JSON under the metadata key `longtake`. `longtake models` reads the
-header alone.
+header alone. Convolutions of the VAE's encoder, which no stream runs, are stored as int8 with a scale for
+each output channel under `NAME.scale`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
 METADATA_KEY = "longtake"
+_AS_INT8 = "vae.encoder."
+_SCALE = ".scale"
 
 
 class ModelCard(Config):
@@ -106,7 +109,8 @@ def build(card: ModelCard) -> nn.ModuleDict:
 def load_networks(path: Path) -> tuple[ModelCard, nn.ModuleDict]:
     """Card and networks of a model file, in single precision. Raises CheckpointError as `load_model`."""
     card = read_card(path)
-    state, _ = read_safetensors(path)
+    stored, _ = read_safetensors(path)
+    state = _unpacked(stored, str(path))
     networks = build(card)
     load_into(networks, state, str(path))
     for name, tensor in networks.state_dict().items():
@@ -136,9 +140,34 @@ def load_model(name_or_path: str) -> LoadedModel:
 
 def save_model(path: Path, card: ModelCard, networks: Mapping[str, nn.Module]) -> None:
     """Write a model file whole or not at all. Raises CheckpointError where the path cannot be written."""
-    tensors: dict[str, Tensor] = {
-        f"{part}.{name}": tensor.detach().half().contiguous()
-        for part, module in networks.items()
-        for name, tensor in module.state_dict().items()
-    }
+    tensors: dict[str, Tensor] = {}
+    for part, module in networks.items():
+        for name, tensor in module.state_dict().items():
+            tensors |= _packed(f"{part}.{name}", tensor.detach())
     write_safetensors(path, tensors, {METADATA_KEY: card.dumps()})
+
+
+def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What is stored of a tensor."""
+    if not (name.startswith(_AS_INT8) and tensor.dim() == 4):
+        return {name: tensor.half().contiguous()}
+    largest = tensor.abs().flatten(1).amax(1)
+    # Rounded up to half precision, so that nothing exceeds 127, and above 0, so that zeros divide.
+    scale = torch.nextafter((largest / 127).half(), torch.tensor(torch.inf, dtype=torch.half))
+    rounded = (tensor / scale.float()[:, None, None, None]).round().to(torch.int8)
+    return {name: rounded.contiguous(), name + _SCALE: scale}
+
+
+def _unpacked(stored: Mapping[str, Tensor], source: str = "the file") -> dict[str, Tensor]:
+    """The tensors, whichever way they are stored."""
+    state = {}
+    for name, tensor in stored.items():
+        if name.endswith(_SCALE) and name.removesuffix(_SCALE) in stored:
+            continue
+        if tensor.dtype == torch.int8:
+            scale = stored.get(name + _SCALE)
+            if scale is None or scale.shape != tensor.shape[:1]:
+                raise CheckpointError(f"{source}: {name!r} has no scales", "fetch the file again")
+            tensor = tensor.float() * scale.float()[:, None, None, None]
+        state[name] = tensor
+    return state

@@ -42,25 +42,34 @@ def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
         case "trajectory":
             return plan_trajectory(stage, sizes, recipe.trajectory, machine, _clip_bytes(recipe, stage))
         case "dmd":
-            return plan_dmd(stage, sizes, recipe.dmd, machine, _clip_bytes(recipe, "windows"))
+            return plan_dmd(stage, sizes, recipe.dmd, machine)
         case _:
             return None
 
 
 def _clip_bytes(recipe: Recipe, stage: str) -> int:
     """Cached clips that a stage holds in memory: latents and foreground, in half precision."""
-    config, chunk_frames = getattr(recipe, stage), recipe.stream.history.chunk_frames
-    whole = config.num_chunks * chunk_frames
     total = 0
-    for name, num_frames in (("first_latents", chunk_frames), ("latents", whole), ("held_out", whole)):
+    for name, num_frames in _clips_read(recipe, stage).items():
         cache = getattr(recipe, name)
-        if name == "latents" and (config.num_clips == 0 or config.fresh_clips):
+        if name != "held_out" and getattr(recipe, stage).fresh_clips:
             continue
-        cells = (cache.height // recipe.vae_model.spatial_stride) * (
-            cache.width // recipe.vae_model.spatial_stride
-        )
+        stride = recipe.vae_model.spatial_stride
+        cells = (cache.height // stride) * (cache.width // stride)
         total += cache.num_clips * num_frames * cells * (recipe.vae_model.latent_channels + 1) * 2
     return total
+
+
+def _clips_read(recipe: Recipe, stage: str) -> dict[str, int]:
+    """Latent frames that a stage reads of each kind of clips."""
+    config, chunk_frames = getattr(recipe, stage), recipe.stream.history.chunk_frames
+    whole = config.num_chunks * chunk_frames
+    read = {}
+    if config.num_first_clips > 0:
+        read["first_latents"] = chunk_frames
+    if config.num_clips > 0:
+        read["latents"] = whole
+    return {**read, "held_out": whole}
 
 
 def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
@@ -113,24 +122,20 @@ def _check_sizes(recipe: Recipe, stages: Collection[str]) -> None:
 
 def _check_clips(recipe: Recipe, stage: str) -> None:
     config, chunk_frames = getattr(recipe, stage), recipe.stream.history.chunk_frames
-    if config.num_clips == 0 and config.num_first_clips == 0:
+    if not config.walks:
         raise ConfigError(
             f"{stage}.num_clips=0 and {stage}.num_first_clips=0 leave nothing to learn from", "raise either"
         )
-    needs = config.num_chunks * chunk_frames
-    demands = {"first_latents": chunk_frames, "latents": needs, "held_out": needs}
-    if config.num_clips == 0 or config.fresh_clips:
-        del demands["latents"]
-    for name, num_frames in demands.items():
-        cache = getattr(recipe, name)
-        if cache.num_latent_frames < num_frames:
+    for name, num_frames in _clips_read(recipe, stage).items():
+        cache, cached = getattr(recipe, name), name == "held_out" or not config.fresh_clips
+        if cached and cache.num_latent_frames < num_frames:
             raise ConfigError(
                 f"{name}.num_latent_frames={cache.num_latent_frames}, but {stage} walks {num_frames} frames "
                 f"of a clip",
                 f"set {name}.num_latent_frames={num_frames} or {stage}.num_chunks="
                 f"{cache.num_latent_frames // chunk_frames}",
             )
-        if name != "held_out" and _overlap(cache, recipe.held_out):
+        if cached and name != "held_out" and _overlap(cache, recipe.held_out):
             raise ConfigError(
                 f"{name} and held_out share scenes: both hold seed "
                 f"{max(cache.first_seed, recipe.held_out.first_seed)}",

@@ -25,8 +25,8 @@ from longtake.io.checkpoints import (
 from longtake.models.dit import DiT, DiTConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.costs import DiTCosts
-from longtake.train.dit import TextToLatents, dit_optimizer
-from longtake.train.dmd import DMDConfig, DMDTask, score_history
+from longtake.train.dit import TextToLatents
+from longtake.train.dmd import DMDConfig, DMDTask, dmd_optimizers, score_history
 from longtake.train.fit import check_fits, check_multiple, this_machine
 from longtake.train.loop import STOPPED_EARLY, autocast_dtype, run
 from longtake.train.plan import DeviceKind, Machine, StagePlan, plan_stage
@@ -105,19 +105,8 @@ class DistillationRecipe(Config):
             Role(real, real.text),
         )
         networks = {"generator": generator, "critic": critic, "teacher": teacher}
-        rates = (
-            (generator, config.muon_learning_rate, config.adamw_learning_rate, config.generator_optimizer),
-            (
-                critic,
-                config.critic_muon_learning_rate,
-                config.critic_adamw_learning_rate,
-                config.critic_optimizer,
-            ),
-        )
-        learners = [
-            (module, dit_optimizer(module, muon, adamw, config.loop.precision, only_adamw=only))
-            for module, muon, adamw, only in rates
-        ]
+        optimizers = dmd_optimizers(config, generator, critic)
+        learners = list(zip((generator, critic), optimizers, strict=True))
         return plan_stage(stage, config.loop, networks, learners, phases, arithmetic)
 
     def check(self, stages: Sequence[str], machine: Machine) -> None:

@@ -12,14 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from longtake.config import Config
 from longtake.diffusion.flow import shift_sigmas
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_tokens
-from longtake.train.latents import Clips, ClipSource, Prompts
+from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
+from longtake.train.latents import Clips, ClipSource, ClipsPerStep, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
 from longtake.train.prompts import EmbeddedPrompts
@@ -29,19 +28,11 @@ from longtake.train.walk import Walk, at_sigma, stratified
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
 
 
-class DiTTrainingConfig(Config):
+class DiTTrainingConfig(ClipsPerStep):
     """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
 
     loop: LoopConfig = LoopConfig()
-    num_clips: int = Field(16, ge=0, description="clips per step that are walked through all chunks")
-    num_chunks: int = Field(7, ge=1, description="chunks of a clip")
-    fresh_clips: bool = Field(
-        False, description="render and encode whole clips anew for every step instead of reading the cache"
-    )
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
-    num_first_clips: int = Field(
-        0, ge=0, description="clips per step of which only the first chunk is trained"
-    )
     text_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained without their caption")
     foreground_weight: float = Field(4.0, ge=1, description="weight of foreground cells at the start")
     final_foreground_weight: float = Field(1.5, ge=1, description="and at the end of the stage")
@@ -97,8 +88,8 @@ class DiTTask:
         module: what is trained.
         history: window, sink, chunk and positions.
         config: the stage.
-        first_clips: source of clips of which only the first chunk is trained.
-        clips: source of whole clips; None where the stage has none.
+        first_clips: source of clips of which only the first chunk is trained; None where the stage has none.
+        clips: source of whole clips; None likewise.
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
     """
@@ -108,7 +99,7 @@ class DiTTask:
         module: TextToLatents,
         history: HistoryConfig,
         config: DiTTrainingConfig,
-        first_clips: ClipSource,
+        first_clips: ClipSource | None,
         clips: ClipSource | None,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
@@ -143,12 +134,8 @@ class DiTTask:
             config.final_foreground_weight - config.foreground_weight
         )
         parts: list[_Errors] = []
-        for source, count, num_chunks in (
-            (self.first_clips, config.num_first_clips, 1),
-            (self.clips, config.num_clips, config.num_chunks),
-        ):
-            if source is not None and count > 0:
-                parts += self._walk(source.draw(rng, count), num_chunks, weight, generator)
+        for clips, num_chunks in config.draw(rng, self.first_clips, self.clips):
+            parts += self._walk(clips, num_chunks, weight, generator)
         loss = torch.stack([part for part, _, _ in parts]).mean()
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
@@ -206,10 +193,8 @@ class DiTTask:
         """Error of what the probe reads off the tokens, those of objects counting five times."""
         target_buk = guide_tokens(guide_bfkhw.float(), self.networks.dit.config.patch_size[-1])
         target = target_buk.repeat(len(tokens_ruw) // len(target_buk), 1, 1)
-        weight = 1 + 4 * (target.abs().sum(-1, keepdim=True) > 0)
         normed = nn.functional.layer_norm(tokens_ruw, tokens_ruw.shape[-1:])
-        error: Tensor = ((probe(normed).float() - target).square() * weight).mean()
-        return error
+        return torch.stack(list(guide_errors(probe(normed), target, -1).values())).mean()
 
     def _errors(
         self,

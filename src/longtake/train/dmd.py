@@ -21,7 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.diffusion.flow import Schedule, shift_sigmas
@@ -30,7 +30,7 @@ from longtake.history.base import HistoryConfig
 from longtake.history.positions import Absolute
 from longtake.train.dit import TextToLatents, dit_optimizer
 from longtake.train.loop import Learner, LoopConfig
-from longtake.train.optim import AdamWConfig
+from longtake.train.optim import AdamWConfig, MuonAdamW
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import GuidedWalk, Walk, at_sigma, stratified
 
@@ -110,6 +110,28 @@ class _Script:
         return len(self.before)
 
 
+def dmd_optimizers(config: DMDConfig, generator: nn.Module, critic: nn.Module) -> tuple[MuonAdamW, MuonAdamW]:
+    """What updates the generator and the critic."""
+    precision = config.loop.precision
+    return (
+        dit_optimizer(
+            generator,
+            config.muon_learning_rate,
+            config.adamw_learning_rate,
+            precision,
+            config.momentum,
+            config.generator_optimizer,
+        ),
+        dit_optimizer(
+            critic,
+            config.critic_muon_learning_rate,
+            config.critic_adamw_learning_rate,
+            precision,
+            only_adamw=config.critic_optimizer,
+        ),
+    )
+
+
 class DMDTask:
     """The stage's learners and evaluation (see `train.loop.Task`).
 
@@ -155,32 +177,10 @@ class DMDTask:
         self._captions = captions
         self._held_out = held_out
         self._shape = (history.chunk_frames, *latent_shape)
-        precision = config.loop.precision
+        of_generator, of_critic = dmd_optimizers(config, module, self.critic)
         self.learners = {
-            "generator": Learner(
-                module,
-                dit_optimizer(
-                    module,
-                    config.muon_learning_rate,
-                    config.adamw_learning_rate,
-                    precision,
-                    config.momentum,
-                    config.generator_optimizer,
-                ),
-                self.generator_loss,
-                every=config.critic_updates,
-            ),
-            "critic": Learner(
-                self.critic,
-                dit_optimizer(
-                    self.critic,
-                    config.critic_muon_learning_rate,
-                    config.critic_adamw_learning_rate,
-                    precision,
-                    only_adamw=config.critic_optimizer,
-                ),
-                self.critic_loss,
-            ),
+            "generator": Learner(module, of_generator, self.generator_loss, every=config.critic_updates),
+            "critic": Learner(self.critic, of_critic, self.critic_loss),
         }
 
     def generator_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -121,6 +121,36 @@ class ClipSource(Protocol):
         ...
 
 
+class ClipsPerStep(Config):
+    """The part of a stage's settings that says which clips it walks in every step."""
+
+    num_clips: int = Field(16, ge=0, description="clips per step that are walked through all chunks")
+    num_chunks: int = Field(7, ge=1, description="chunks of a clip")
+    num_first_clips: int = Field(
+        0, ge=0, description="clips per step of which only the first chunk is trained"
+    )
+    fresh_clips: bool = Field(
+        False, description="render and encode clips anew for every step instead of reading a cache"
+    )
+
+    @property
+    def walks(self) -> tuple[tuple[int, int], ...]:
+        """(clips, chunks) of a step's walks."""
+        walks = ((self.num_first_clips, 1), (self.num_clips, self.num_chunks))
+        return tuple(walk for walk in walks if walk[0] > 0)
+
+    def draw(
+        self, rng: np.random.Generator, first_clips: ClipSource | None, clips: ClipSource | None
+    ) -> Iterator[tuple[Clips, int]]:
+        """A step's clips and how many of their chunks are walked; None for a source that is not needed."""
+        for source, count, num_chunks in (
+            (first_clips, self.num_first_clips, 1),
+            (clips, self.num_clips, self.num_chunks),
+        ):
+            if source is not None and count > 0:
+                yield source.draw(rng, count), num_chunks
+
+
 @dataclass(frozen=True)
 class FreshClips:
     """Clips that no step has seen before, rendered and encoded when they are asked for.
@@ -143,6 +173,16 @@ class FreshClips:
             for seed, level in zip(seeds, levels, strict=True)
         ]
         return encode_clips(self.vae, excerpts, self.config, self.guided)
+
+
+def captions_of(config: LatentCacheConfig, stride: int) -> tuple[str, ...]:
+    """What the clips of a cache would open with, without making them; `stride` in pixel frames."""
+    levels = config.levels
+    excerpts = (
+        excerpt(config, config.first_seed + index, levels[index % len(levels)], stride)
+        for index in range(config.num_clips)
+    )
+    return tuple(item.prompts[0][1] for item in excerpts)
 
 
 def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Excerpt:

@@ -23,12 +23,20 @@ from longtake.train.checks import check_parts, plan_of
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.fit import check_fits, this_machine
-from longtake.train.latents import Clips, ClipSource, FreshClips, LatentCacheConfig, build_cache, load_cache
+from longtake.train.latents import (
+    Clips,
+    ClipSource,
+    FreshClips,
+    LatentCacheConfig,
+    build_cache,
+    captions_of,
+    load_cache,
+)
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.plan import DeviceKind, Machine, StagePlan
 from longtake.train.samples import SampleRollouts
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
-from longtake.train.vae import VAETask, VAETrainingConfig, measure_latents, render_clips
+from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
 
 Stage = Literal["vae", "latents", "first", "windows", "trajectory", "dmd", "decoder", "export"]
@@ -208,7 +216,8 @@ def _train_vae(recipe: Recipe, networks: _Networks, out: Path, seconds: float | 
     if STOPPED_EARLY in figures:
         return figures
     seeds = list(range(_NUM_CLIPS_FOR_STATISTICS))
-    measure_latents(vae, render_clips(seeds, seeds, VAETask(vae, config).num_frames, config, "train"))
+    scenes = clip_scenes(seeds, config.levels, "train")
+    measure_latents(vae, render_clips(scenes, seeds, VAETask(vae, config).num_frames, config))
     networks.keep("vae", vae)
     return figures
 
@@ -226,8 +235,11 @@ def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, 
     vae = networks.require_vae()
     encoding = {name: t for name, t in vae.state_dict().items() if not name.startswith("decoder.")}
     digest = weights_digest(encoding)
-    caches = {"held_out": recipe.held_out, "first_latents": recipe.first_latents}
-    if any(stage.num_clips > 0 and not stage.fresh_clips for stage in (recipe.windows, recipe.trajectory)):
+    caches = {"held_out": recipe.held_out}
+    cached = [stage for stage in (recipe.first, recipe.windows, recipe.trajectory) if not stage.fresh_clips]
+    if any(stage.num_first_clips > 0 for stage in cached):
+        caches["first_latents"] = recipe.first_latents
+    if any(stage.num_clips > 0 for stage in cached):
         caches["latents"] = recipe.latents
     for name, config in caches.items():
         build_cache(vae, config, out / name, digest)
@@ -244,7 +256,7 @@ def _train_dit(
 ) -> dict[str, float]:
     history = recipe.stream.history
     clips = _load_clips(recipe, networks, out, config)
-    rollouts = _rollouts(recipe, networks, clips[-1], config.num_chunks)
+    rollouts = _rollouts(recipe, networks, clips[-1].captions, config.num_chunks)
     task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts)
     figures = run(task, config.loop, out / stage, seconds)
     if STOPPED_EARLY not in figures:
@@ -262,7 +274,7 @@ def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | Non
         stream.schedule,
         config,
         *clips,
-        _rollouts(recipe, networks, clips[-1], config.num_chunks),
+        _rollouts(recipe, networks, clips[-1].captions, config.num_chunks),
     )
     figures = run(task, config.loop, out / "trajectory", seconds)
     if STOPPED_EARLY not in figures:
@@ -272,17 +284,18 @@ def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | Non
 
 def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     stream, config = recipe.stream, recipe.dmd
-    first, _, held_out = _load_clips(recipe, networks, out, recipe.windows)
-    channels, height, width = held_out.latents_bfchw.shape[2:]
+    stride, size = recipe.vae_model.temporal_stride, recipe.vae_model.spatial_stride
+    held_out = captions_of(recipe.held_out, stride)
+    shape = (recipe.vae_model.latent_channels, stream.height // size, stream.width // size)
     task = DMDTask(
         networks.text_to_latents,
         networks.teacher,
         stream.history,
         stream.schedule,
         config,
-        first.captions,
-        held_out.captions,
-        (channels, height, width),
+        captions_of(recipe.first_latents, stride),
+        held_out,
+        shape,
         rollouts=_rollouts(recipe, networks, held_out, config.num_chunks),
         temperature=stream.temperature,
     )
@@ -294,28 +307,32 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
 
 def _load_clips(
     recipe: Recipe, networks: _Networks, out: Path, config: DiTTrainingConfig | TrajectoryConfig
-) -> tuple[Clips, ClipSource | None, Clips]:
-    """Cached first chunks, whole clips where the stage reads any, and held-out clips."""
+) -> tuple[ClipSource | None, ClipSource | None, Clips]:
+    """First chunks and whole clips, where the stage reads any, and held-out clips."""
     chunk_frames = recipe.stream.history.chunk_frames
     num_frames = config.num_chunks * chunk_frames
-    clips: ClipSource | None = None
-    if config.num_clips > 0 and config.fresh_clips:
-        fresh = recipe.latents.replace(num_latent_frames=num_frames)
-        guided = isinstance(config, DiTTrainingConfig) and config.guide_weight > 0
-        clips = FreshClips(networks.require_vae(), fresh, guided)
-    elif config.num_clips > 0:
-        clips = load_cache(out / "latents", num_frames)
+    guided = isinstance(config, DiTTrainingConfig) and config.guide_weight > 0
+
+    def source(name: str, count: int, frames: int) -> ClipSource | None:
+        if count == 0:
+            return None
+        if config.fresh_clips:
+            like: LatentCacheConfig = getattr(recipe, name)
+            return FreshClips(networks.require_vae(), like.replace(num_latent_frames=frames), guided)
+        return load_cache(out / name, frames)
+
     return (
-        load_cache(out / "first_latents", chunk_frames),
-        clips,
+        source("first_latents", config.num_first_clips, chunk_frames),
+        source("latents", config.num_clips, num_frames),
         load_cache(out / "held_out", num_frames),
     )
 
 
-def _rollouts(recipe: Recipe, networks: _Networks, held_out: Clips, num_chunks: int) -> SampleRollouts:
+def _rollouts(
+    recipe: Recipe, networks: _Networks, held_out: Sequence[str], num_chunks: int
+) -> SampleRollouts:
     """Samples for the log: a few held-out prompts, streamed as the finished model will be."""
-    prompts = held_out.captions[:_NUM_SAMPLES]
-    return SampleRollouts(networks.require_vae(), recipe.stream, prompts, num_chunks)
+    return SampleRollouts(networks.require_vae(), recipe.stream, held_out[:_NUM_SAMPLES], num_chunks)
 
 
 def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:

@@ -19,11 +19,11 @@ from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, vae_cost
 from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, probe_of
-from longtake.train.dmd import DMDConfig, score_history
-from longtake.train.loop import build_optimizer
+from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
+from longtake.train.latents import ClipsPerStep
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
 from longtake.train.trajectory import TrajectoryConfig
-from longtake.train.vae import VAETrainingConfig
+from longtake.train.vae import VAETrainingConfig, latent_probe, vae_optimizer
 
 
 def on_meta(make: Callable[[], nn.Module], frozen: bool = False) -> nn.Module:
@@ -72,19 +72,18 @@ def plan_vae(stage: str, model: TinyVAEConfig, config: VAETrainingConfig, machin
     with torch.device("meta"):
         module = TinyVAE(model)
     module.encoder.requires_grad_(not config.freeze_encoder)
-    optimizer = build_optimizer(
-        module,
-        config.muon_learning_rate,
-        config.adamw_learning_rate,
-        config.loop.precision,
-        only_adamw=config.optimizer,
-    )
+    probe = on_meta(lambda: latent_probe(model)) if config.guide_weight > 0 else None
+    learned: nn.Module = module if probe is None else nn.ModuleDict({"vae": module, "probe": probe})
+    optimizer = vae_optimizer(learned, config)
     arithmetic = machine.arithmetic(config.loop.precision)
     frames = (config.num_clips, config.num_latent_frames, config.height, config.width)
     errors = model.pixel_channels * (1 + (config.difference_weight > 0)) + 1  # and their weight
     cost = vae_cost(model, frames, arithmetic, not config.freeze_encoder, errors)
     phases = [Phase("reconstruction", cost)]
-    return plan_stage(stage, config.loop, {"vae": module}, [(module, optimizer)], phases, arithmetic)
+    networks: dict[str, nn.Module] = {"vae": module}
+    if probe is not None:
+        networks["probe"] = probe
+    return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic)
 
 
 def plan_dit(
@@ -94,10 +93,9 @@ def plan_dit(
     arithmetic = machine.arithmetic(config.loop.precision)
     costs = sizes.costs(arithmetic)
     cost = Cost()
-    for count, num_chunks in ((config.num_first_clips, 1), (config.num_clips, config.num_chunks)):
-        if count > 0:
-            cost += sizes.text_cost(count, True, arithmetic)
-        for chunk in range(num_chunks if count > 0 else 0):
+    for count, num_chunks in config.walks:
+        cost += sizes.text_cost(count, True, arithmetic)
+        for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
             cost += costs.forward(config.num_copies * count + commits, chunk, True, commits)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
@@ -124,11 +122,10 @@ def plan_trajectory(
     arithmetic = machine.arithmetic(config.loop.precision)
     costs, num_levels = sizes.costs(arithmetic), len(sizes.schedule.steps)
     student, teacher = Cost(), Cost()
-    for count, num_chunks in ((config.num_first_clips, 1), (config.num_clips, config.num_chunks)):
-        if count > 0:
-            student += sizes.text_cost(count, True, arithmetic)
-            teacher += sizes.text_cost(2 * count, False, arithmetic)
-        for chunk in range(num_chunks if count > 0 else 0):
+    for count, num_chunks in config.walks:
+        student += sizes.text_cost(count, True, arithmetic)
+        teacher += sizes.text_cost(2 * count, False, arithmetic)
+        for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
             student += costs.forward(num_levels * count + commits, chunk, True, commits)
             teacher += costs.forward(2 * count, chunk).times(num_levels * config.steps_per_level)
@@ -200,37 +197,15 @@ def dmd_phases(
     ]
 
 
-def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data_bytes: int) -> StagePlan:
+def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine) -> StagePlan:
     """Of distribution matching on the small model, all of whose networks are alike."""
     arithmetic = machine.arithmetic(config.loop.precision)
     text = partial(sizes.text_cost, arithmetic=arithmetic)
     scoring = replace(sizes, history=score_history(config, sizes.history))
     generator, scorer = Role(sizes.costs(arithmetic), text), Role(scoring.costs(arithmetic), text)
     module, critic, frozen = sizes.networks(), sizes.networks(), sizes.networks(frozen=True)
-    precision = config.loop.precision
-    learners = [
-        (
-            module,
-            dit_optimizer(
-                module,
-                config.muon_learning_rate,
-                config.adamw_learning_rate,
-                precision,
-                config.momentum,
-                config.generator_optimizer,
-            ),
-        ),
-        (
-            critic,
-            dit_optimizer(
-                critic,
-                config.critic_muon_learning_rate,
-                config.critic_adamw_learning_rate,
-                precision,
-                only_adamw=config.critic_optimizer,
-            ),
-        ),
-    ]
+    optimizers = dmd_optimizers(config, module, critic)
+    learners = list(zip((module, critic), optimizers, strict=True))
     networks = {
         "generator text": module.text,
         "generator dit": module.dit,
@@ -241,25 +216,25 @@ def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine, data
         "vae": _frozen_vae(sizes),
     }
     phases = dmd_phases(config, sizes.schedule, generator, scorer, scorer)
-    return plan_stage(stage, config.loop, networks, learners, phases, arithmetic, data_bytes)
+    return plan_stage(stage, config.loop, networks, learners, phases, arithmetic)
 
 
 def _frozen_vae(sizes: Sizes) -> nn.Module:
     return on_meta(lambda: TinyVAE(sizes.vae), frozen=True)
 
 
-def _fresh_clips(
-    sizes: Sizes, config: DiTTrainingConfig | TrajectoryConfig, arithmetic: Arithmetic
-) -> list[Phase]:
+def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> list[Phase]:
     """Encoding what is rendered anew; rendering itself multiplies nothing."""
-    if not (config.fresh_clips and config.num_clips > 0):
+    if not config.fresh_clips:
         return []
-    stride = sizes.vae.spatial_stride
-    frames = (
-        config.num_clips,
-        config.num_chunks * sizes.history.chunk_frames,
-        sizes.height * stride,
-        sizes.width * stride,
-    )
-    cost = vae_cost(sizes.vae, frames, arithmetic, learns_encoder=False)
+    stride, cost = sizes.vae.spatial_stride, Cost()
+    for count, num_chunks in config.walks:
+        frames = (
+            count,
+            num_chunks * sizes.history.chunk_frames,
+            sizes.height * stride,
+            sizes.width * stride,
+        )
+        # One walk's clips are encoded before the next walk's.
+        cost = cost.beside(vae_cost(sizes.vae, frames, arithmetic, learns_encoder=False))
     return [Phase("encoding of fresh clips", cost)]

@@ -19,12 +19,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from longtake.config import Config
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import TextContext
 from longtake.train.dit import TextToLatents, dit_optimizer, prompts_in_force
-from longtake.train.latents import Clips, ClipSource
+from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig
 from longtake.train.optim import AdamWConfig
 from longtake.train.samples import SampleRollouts
@@ -33,16 +32,14 @@ from longtake.train.walk import GuidedWalk, Walk
 _NUM_EVALUATION_CLIPS = 48
 
 
-class TrajectoryConfig(Config):
+class TrajectoryConfig(ClipsPerStep):
     """Stage `trajectory`."""
 
     loop: LoopConfig = LoopConfig()
     num_clips: int = Field(2, ge=0, description="clips per step that are walked through all chunks")
-    num_chunks: int = Field(7, ge=1, description="chunks of a clip")
     num_first_clips: int = Field(
         8, ge=0, description="clips per step of which only the first chunk is trained"
     )
-    fresh_clips: bool = Field(False, description="whole clips are rendered and encoded anew for every step")
     guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
     steps_per_level: int = Field(
         3, ge=1, description="Euler steps of the teacher from one level of the schedule to the next"
@@ -63,8 +60,8 @@ class TrajectoryTask:
         history: of both.
         schedule: the student's denoising steps.
         config: the stage.
-        first_clips: source of clips of which only the first chunk is read.
-        clips: source of whole clips; None where the stage has none.
+        first_clips: source of clips of which only the first chunk is read; None where the stage has none.
+        clips: source of whole clips; None likewise.
         held_out: clips for evaluation.
         rollouts: what to show of the student at evaluations.
     """
@@ -76,7 +73,7 @@ class TrajectoryTask:
         history: HistoryConfig,
         schedule: Schedule,
         config: TrajectoryConfig,
-        first_clips: ClipSource,
+        first_clips: ClipSource | None,
         clips: ClipSource | None,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
@@ -110,12 +107,8 @@ class TrajectoryTask:
         rng = np.random.default_rng((config.loop.seed, step))
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
         losses: list[Tensor] = []
-        for source, count, num_chunks in (
-            (self.first_clips, config.num_first_clips, 1),
-            (self.clips, config.num_clips, config.num_chunks),
-        ):
-            if source is not None and count > 0:
-                losses += self._walk(source.draw(rng, count), num_chunks, generator)
+        for clips, num_chunks in config.draw(rng, self.first_clips, self.clips):
+            losses += self._walk(clips, num_chunks, generator)
         return torch.stack(losses).mean(), {"first": float(losses[0].detach())}
 
     def _walk(self, clips: Clips, num_chunks: int, generator: torch.Generator) -> list[Tensor]:

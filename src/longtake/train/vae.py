@@ -5,23 +5,28 @@ Legend: b clips, t pixel frames, f latent frames, h/w pixels, c channels.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtake.config import Config
-from longtake.models.tiny_vae import TinyVAE
+from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_of
 from longtake.train.loop import Learner, LoopConfig, build_optimizer
-from longtake.train.optim import AdamWConfig
+from longtake.train.optim import AdamWConfig, MuonAdamW
+from longtake.world import Scene
 from longtake.world.captions import Split
-from longtake.world.render import render
+from longtake.world.render import render, render_masks
 from longtake.world.sampling import sample_scene
 
 _MAX_START_FRAME = 400
 _HELD_OUT_SEED = 1 << 41
 _NUM_SAMPLES = 4
+_PART_WEIGHTS = {"velocity": 4.0, "shape": 4.0}  # of the guide; the others are learned anyway
 _EDGE_STEP = 0.2  # between neighbouring pixels, of a range of 2: above any background's gradient
 
 
@@ -46,6 +51,9 @@ class VAETrainingConfig(Config):
     difference_weight: float = Field(
         0.0, ge=0, description="weight of the squared error of differences from frame to frame"
     )
+    seam_weight: float = Field(
+        0.0, ge=0, description="extra weight of differences from one latent frame's last frame to the next's"
+    )
     latent_noise: float = Field(
         0.15, ge=0, description="upper end of the noise added to latents when decoding"
     )
@@ -54,21 +62,26 @@ class VAETrainingConfig(Config):
     )
     freeze_encoder: bool = Field(False, description="train the decoder alone; the latents stay as they are")
     scale_weight: float = Field(1e-3, ge=0, description="pull of the latents towards unit variance")
+    guide_weight: float = Field(
+        0.0, ge=0, description="of the logarithmic error of reading off latents where objects are and go"
+    )
+    guide_noise: float = Field(
+        0.5, ge=0, description="noise added to latents that are read, in standard deviations of each channel"
+    )
+
+
+def clip_scenes(seeds: Sequence[int], levels: Sequence[int], split: Split) -> list[Scene]:
+    """Scenes whose levels take turns."""
+    return [sample_scene(seed, levels[i % len(levels)], split) for i, seed in enumerate(seeds)]
 
 
 def render_clips(
-    seeds: list[int], starts: list[int], num_frames: int, config: VAETrainingConfig, split: Split
+    scenes: Sequence[Scene], starts: Sequence[int], num_frames: int, config: VAETrainingConfig
 ) -> Tensor:
-    """Frames of scenes, floats in [-1, 1], [b,t,h,w,c]; the scenes' levels take turns."""
+    """Frames of scenes, floats in [-1, 1], [b,t,h,w,c]."""
     clips = [
-        render(
-            sample_scene(seed, config.levels[i % len(config.levels)], split),
-            start,
-            start + num_frames,
-            config.height,
-            config.width,
-        )
-        for i, (seed, start) in enumerate(zip(seeds, starts, strict=True))
+        render(scene, start, start + num_frames, config.height, config.width)
+        for scene, start in zip(scenes, starts, strict=True)
     ]
     return torch.from_numpy(np.stack(clips)).float().div_(127.5).sub_(1.0)
 
@@ -82,26 +95,45 @@ def edge_map(frames_bthwc: Tensor) -> Tensor:
     return blurred.mul_(5).clamp_(max=1)[..., None]
 
 
+def latent_probe(model: TinyVAEConfig) -> nn.Linear:
+    """What reads the guide off each cell of the latents, trained beside the autoencoder; reads 0 at first."""
+    probe = nn.Linear(model.latent_channels, NUM_GUIDE_CHANNELS)
+    nn.init.zeros_(probe.weight)
+    nn.init.zeros_(probe.bias)
+    return probe
+
+
+def vae_optimizer(module: nn.Module, config: VAETrainingConfig) -> MuonAdamW:
+    """Muon on convolutions, AdamW on the rest and on the probe, or AdamW on everything."""
+    return build_optimizer(
+        module,
+        config.muon_learning_rate,
+        config.adamw_learning_rate,
+        config.loop.precision,
+        ("probe",),
+        only_adamw=config.optimizer,
+    )
+
+
 class VAETask:
     """The stage's module, optimiser, loss and evaluation (see `train.loop.Task`)."""
 
     def __init__(self, module: TinyVAE, config: VAETrainingConfig) -> None:
-        self.module = module
+        self.vae = module
         self.config = config
+        self.module: nn.Module = module
+        self._probe: nn.Linear | None = None
+        if config.guide_weight > 0:
+            self._probe = latent_probe(module.config)
+            self.module = nn.ModuleDict({"vae": module, "probe": self._probe})
         module.encoder.requires_grad_(not config.freeze_encoder)
-        self.optimizer = build_optimizer(
-            module,
-            config.muon_learning_rate,
-            config.adamw_learning_rate,
-            config.loop.precision,
-            only_adamw=config.optimizer,
-        )
-        self.learners = {"": Learner(module, self.optimizer, self.loss)}
+        self.optimizer = vae_optimizer(self.module, config)
+        self.learners = {"": Learner(self.module, self.optimizer, self.loss)}
 
     @property
     def num_frames(self) -> int:
         """Pixel frames per clip."""
-        return 1 + (self.config.num_latent_frames - 1) * self.module.config.temporal_stride
+        return 1 + (self.config.num_latent_frames - 1) * self.vae.config.temporal_stride
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Weighted reconstruction error of freshly rendered clips, through noisy latents."""
@@ -109,22 +141,26 @@ class VAETask:
         rng = np.random.default_rng((config.loop.seed, step))
         seeds = [int(seed) for seed in rng.integers(1 << 40, size=config.num_clips)]
         starts = [int(start) for start in rng.integers(_MAX_START_FRAME, size=config.num_clips)]
-        frames = render_clips(seeds, starts, self.num_frames, config, "train")
+        scenes = clip_scenes(seeds, config.levels, "train")
+        frames = render_clips(scenes, starts, self.num_frames, config)
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
-        state = self.module.init_encode_state(config.num_clips, config.height, config.width)
+        state = self.vae.init_encode_state(config.num_clips, config.height, config.width)
         with torch.set_grad_enabled(not config.freeze_encoder):
-            latents, _ = self.module.encode_raw(frames, state)
+            latents, _ = self.vae.encode_raw(frames, state)
         amount = torch.rand(config.num_clips, 1, 1, 1, 1, generator=generator) * config.latent_noise
         noisy = latents + amount * torch.randn(latents.shape, generator=generator)
-        decoded, _ = self.module.decode_raw(
-            noisy, self.module.init_decode_state(config.num_clips, config.height, config.width)
+        decoded, _ = self.vae.decode_raw(
+            noisy, self.vae.init_decode_state(config.num_clips, config.height, config.width)
         )
         error = decoded.float() - frames
         weight = 1 + config.edge_weight * edge_map(frames)
         squared = error.square()
         by_clip = (weight * (squared + config.absolute_weight * error.abs())).flatten(1).mean(dim=1)
         if config.difference_weight > 0:
-            jumps = (weight[:, 1:] * error.diff(dim=1).square()).flatten(1).mean(dim=1)
+            stride = self.vae.config.temporal_stride
+            at_seam_t111 = torch.arange(self.num_frames - 1).remainder(stride).eq(0)[:, None, None, None]
+            jumps = weight[:, 1:] * (1 + config.seam_weight * at_seam_t111) * error.diff(dim=1).square()
+            jumps = jumps.flatten(1).mean(dim=1)
             by_clip = by_clip + config.difference_weight * jumps
         reconstruction = (by_clip.log() if config.relative_error else by_clip).mean()
         psnr = -10 * torch.log10(squared.detach().mean() / 4)
@@ -132,17 +168,43 @@ class VAETask:
             return reconstruction, {"psnr": float(psnr)}
         variance_c = latents.float().var(dim=(0, 1, 3, 4))
         scale = latents.float().square().mean() + variance_c.clamp_min(1e-4).log().square().mean()
-        return reconstruction + config.scale_weight * scale, {
-            "psnr": float(psnr),
-            "scale": float(scale.detach()),
-        }
+        figures = {"psnr": float(psnr), "scale": float(scale.detach())}
+        loss = reconstruction + config.scale_weight * scale
+        if self._probe is not None:
+            errors = self._read(self._probe, latents, scenes, starts, generator)
+            logs = torch.stack([_PART_WEIGHTS.get(name, 1.0) * error.log() for name, error in errors.items()])
+            loss = loss + config.guide_weight * logs.mean()
+            figures |= {f"guide_{name}": float(error.detach()) for name, error in errors.items()}
+        return loss, figures
+
+    def _read(
+        self,
+        probe: nn.Linear,
+        latents_bfchw: Tensor,
+        scenes: Sequence[Scene],
+        starts: Sequence[int],
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
+        """Errors of what the probe reads off each cell of the latents, seen through noise."""
+        size, stride = (self.config.height, self.config.width), self.vae.config.temporal_stride
+        guides = [
+            guide_of(scene, start, masks, stride, self.vae.config.spatial_stride)
+            for scene, start in zip(scenes, starts, strict=True)
+            for masks in [torch.from_numpy(render_masks(scene, start, start + self.num_frames, *size))]
+        ]
+        latents = latents_bfchw.float()
+        mean, std = latents.mean((0, 1, 3, 4), keepdim=True), latents.std((0, 1, 3, 4), keepdim=True)
+        noise = torch.randn(latents.shape, generator=generator)
+        seen = (latents - mean) / std + self.config.guide_noise * noise
+        return guide_errors(probe(seen.movedim(2, -1)), torch.stack(guides).movedim(2, -1), -1)
 
     @torch.no_grad()
     def evaluate(self, num_clips: int = 32) -> dict[str, float]:
         """PSNR in dB over whole clips of scenes that are never trained on, weights as they are."""
         seeds = [_HELD_OUT_SEED + i for i in range(num_clips)]
-        frames = render_clips(seeds, [7 * i for i in range(num_clips)], self.num_frames, self.config, "any")
-        decoded = reconstruct(self.module, frames)
+        scenes = clip_scenes(seeds, self.config.levels, "any")
+        frames = render_clips(scenes, [7 * i for i in range(num_clips)], self.num_frames, self.config)
+        decoded = reconstruct(self.vae, frames)
         squared = (decoded.clamp(-1, 1) - frames).square()
         by_clip = -10 * torch.log10(squared.flatten(1).mean(dim=1) / 4)
         first = -10 * torch.log10(squared[:, 0].mean() / 4)
@@ -157,10 +219,9 @@ class VAETask:
     def samples(self) -> Tensor:
         """Four held-out clips, each above its reconstruction; see `train.loop.Task`."""
         seeds = [_HELD_OUT_SEED + i for i in range(_NUM_SAMPLES)]
-        frames = render_clips(
-            seeds, [7 * i for i in range(_NUM_SAMPLES)], self.num_frames, self.config, "any"
-        )
-        pairs = torch.stack([frames, reconstruct(self.module, frames)], dim=1).flatten(0, 1)
+        scenes = clip_scenes(seeds, self.config.levels, "any")
+        frames = render_clips(scenes, [7 * i for i in range(_NUM_SAMPLES)], self.num_frames, self.config)
+        pairs = torch.stack([frames, reconstruct(self.vae, frames)], dim=1).flatten(0, 1)
         return pairs.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
 
 

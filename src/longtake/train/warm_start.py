@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from longtake.io.checkpoints import load_into
 
-_ADDED = ("decoder.middle_mix.", "decoder.fine_mix.", "frame_embedding.")
+_ADDED = ("decoder.middle_mix.", "decoder.fine_mix.", "decoder.last_mix.", "frame_embedding.")
 """Layers that add to what goes past them and may start as they are."""
 _LONGER = ("position",)
 """One row per place; further rows start as they are."""

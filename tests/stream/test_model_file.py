@@ -1,0 +1,54 @@
+"""The file of a small model: what is stored comes back, to the precision it is stored in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtake.errors import CheckpointError
+from longtake.io.checkpoints import read_safetensors, write_safetensors
+from longtake.stream.bundle import _packed, _unpacked, load_networks, save_model
+from model_file import write_model
+
+CONVOLUTION = "vae.encoder.fine.0.conv1.weight"
+
+
+def test_the_encoder_takes_a_byte_a_weight_and_everything_else_two(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors")
+    stored, _ = read_safetensors(path)
+    for name, tensor in stored.items():
+        whole = name.startswith("vae.encoder.") and tensor.dim() == 4
+        assert tensor.dtype == (torch.int8 if whole else torch.half), name
+    card, networks = load_networks(path)
+    again = tmp_path / "again.safetensors"
+    save_model(again, card, dict(networks.items()))
+    for name, tensor in load_networks(again)[1].state_dict().items():
+        torch.testing.assert_close(tensor, networks.state_dict()[name], atol=1e-7, rtol=2e-3)
+
+
+@given(st.integers(0, 1 << 30), st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 300.0]))
+def test_a_convolution_is_off_by_half_a_step_at_most(seed: int, size: float) -> None:
+    weight = size * torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
+    stored = _packed(CONVOLUTION, weight)
+    back = _unpacked(stored)
+    assert set(back) == {CONVOLUTION}
+    step = stored[CONVOLUTION + ".scale"].float()[:, None, None, None]
+    assert bool((step > 0).all())
+    assert bool(((back[CONVOLUTION] - weight).abs() <= 0.5001 * step).all())
+    assert bool((step.flatten() <= weight.abs().flatten(1).amax(1) / 127 * 1.002 + 1.3e-7).all())
+
+
+def test_a_lost_or_wrong_scale_is_told(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors")
+    stored, metadata = read_safetensors(path)
+    for scale in (None, torch.ones(3).half()):
+        broken = {name: tensor for name, tensor in stored.items() if name != CONVOLUTION + ".scale"}
+        if scale is not None:
+            broken[CONVOLUTION + ".scale"] = scale
+        write_safetensors(path, broken, metadata)
+        with pytest.raises(CheckpointError, match=r"vae\.encoder\.fine\.0\.conv1\.weight"):
+            load_networks(path)
