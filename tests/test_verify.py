@@ -14,7 +14,9 @@ from longtake.verify import Recording, verify_file
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.mark.parametrize("name", ["wan_bidirectional", "causal_window", "causal_sink", "causal_relative"])
+@pytest.mark.parametrize(
+    "name", ["wan_bidirectional", "causal_window", "causal_sink", "causal_relative", "memory"]
+)
 def test_golden_recordings_replay(name: str) -> None:
     report = verify_file(DATA / f"{name}.safetensors")
     assert report.passed
@@ -74,7 +76,8 @@ def test_what_the_noise_says_need_not_be_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"kind": "memory"}, "kind 'memory' are not supported"),
+        ({"kind": "recall"}, "kind 'recall' are not supported"),
+        ({"kind": "memory"}, "holds no memory encoder"),
         ({"dim": None}, "no metadata 'dim'"),
         ({"dim": "wide"}, "dim='wide' is no number"),
         ({"patch_size": "2,2"}, "patch_size='2,2' has no three sizes"),

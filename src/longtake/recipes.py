@@ -31,7 +31,9 @@ _MIXED_LEVELS = (1, 2, 1, 3)
 
 def tiny() -> Recipe:
     """The model that ships: all levels of the world at 64x64, 16 fps."""
-    vae_model = TinyVAEConfig(latent_channels=24, num_encoder_blocks=4, fine_mixes=True)
+    vae_model = TinyVAEConfig(
+        latent_channels=24, decoder_widths=(96, 128, 192), num_encoder_blocks=4, fine_mixes=True
+    )
     text_model = TinyTextConfig(words=WORDS, max_words=47)
     channels = vae_model.latent_channels
     return Recipe(
@@ -69,10 +71,17 @@ def tiny() -> Recipe:
             temperature=0.5,
         ),
         vae=VAETrainingConfig(
-            loop=LoopConfig(num_steps=2100, decay_from=0.2, ema_decay=0.99),
+            loop=LoopConfig(num_steps=3600, decay_from=0.2, ema_decay=0.99),
             muon_learning_rate=2e-3,
             adamw_learning_rate=1.5e-3,
             levels=_MIXED_LEVELS,
+            edge_weight=2.0,
+            absolute_weight=0.05,
+            relative_error=True,
+            difference_weight=0.5,
+            scale_weight=0.02,
+            guide_weight=1.0,
+            guide_noise=0.3,
         ),
         first_latents=LatentCacheConfig(
             first_seed=_FIRST_SEED, num_clips=16384, num_latent_frames=3, levels=_MIXED_LEVELS
@@ -126,7 +135,8 @@ def tiny() -> Recipe:
             absolute_weight=0.02,
             levels=_MIXED_LEVELS,
             difference_weight=1.0,
-            latent_noise=0.1,
+            seam_weight=2.0,
+            latent_noise=0.15,
             relative_error=True,
             freeze_encoder=True,
         ),
@@ -153,7 +163,6 @@ def tiny_128() -> Recipe:
             loop=small.vae.loop.replace(num_steps=1200, decay_from=0.0),
             muon_learning_rate=1e-3,
             adamw_learning_rate=8e-4,
-            relative_error=True,
             **pixels,
         ),
         **caches,

@@ -24,6 +24,7 @@ from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
 from longtake.io.checkpoints import load_into, read_safetensors
 from longtake.models.dit import DiT, DiTConfig
+from longtake.models.memory import MemoryEncoder, MemoryEncoderConfig
 
 STATE = "state."
 UNLIMITED = ("", "none", "unlimited", "inf")
@@ -90,6 +91,38 @@ class Recording:
             raise CheckpointError(f"{self.path}: {name}={number} is no whole number", "record it again")
         return int(number)
 
+    def weights(self) -> dict[str, Tensor]:
+        """The recorded weights by their own names."""
+        return {name.removeprefix(STATE): t for name, t in self.tensors.items() if name.startswith(STATE)}
+
+    def memory(self) -> MemoryEncoder:
+        """The recorded memory encoder."""
+        state = self.weights()
+        if "query_init" not in state or "layers.0.ffn.0.weight" not in state:
+            raise CheckpointError(f"{self.path} holds no memory encoder", "record it again")
+        _, num_tokens, width = state["query_init"].shape
+        num_frames = self.integer("memory_frames")
+        if num_tokens % num_frames:
+            raise CheckpointError(
+                f"{self.path}: {num_tokens} memory tokens are not memory_frames={num_frames} frames",
+                "record it again",
+            )
+        # A recording does not say how a frame's tokens stand in rows and columns, and nothing here asks.
+        config = MemoryEncoderConfig(
+            width=width,
+            num_heads=self.integer("num_heads"),
+            num_frames=num_frames,
+            rows=1,
+            columns=num_tokens // num_frames,
+            num_layers=self.integer("num_encoder_layers"),
+            ffn_ratio=state["layers.0.ffn.0.weight"].shape[0] // width,
+            normalize_keys="norm_k_out.weight" in state,
+            eps=self.number("eps"),
+        )
+        encoder = MemoryEncoder(config)
+        load_into(encoder, state, str(self.path))
+        return encoder.eval()
+
     def dit(self) -> DiT:
         """The recorded network."""
         patch = [int(size) for size in re.findall(r"\d+", self.text("patch_size"))]
@@ -97,7 +130,7 @@ class Recording:
             raise CheckpointError(
                 f"{self.path}: patch_size={self.text('patch_size')!r} has no three sizes", "record it again"
             )
-        state = {name.removeprefix(STATE): t for name, t in self.tensors.items() if name.startswith(STATE)}
+        state = self.weights()
         config = DiTConfig(
             width=self.integer("dim"),
             ffn_width=self.integer("ffn_dim"),
@@ -186,8 +219,10 @@ def verify_file(path: Path, tolerance: float = 1e-4) -> VerifyReport:
             parts = _verify_single(recording)
         case "rollout":
             parts = _verify_rollout(recording)
+        case "memory":
+            parts = _verify_memory(recording)
         case kind:
-            remedy = "verify recordings of kind 'rollout' or 'single'"
+            remedy = "verify recordings of kind 'rollout', 'single' or 'memory'"
             raise CheckpointError(f"{path}: recordings of kind {kind!r} are not supported yet", remedy)
     return VerifyReport(path, recording.kind, parts, tolerance)
 
@@ -199,6 +234,21 @@ def _verify_single(recording: Recording) -> dict[str, float]:
     timesteps = recording.tensor("timestep").reshape(x.shape[0], -1).expand(x.shape[:2])
     flow, _ = dit(x, timesteps, dit.encode_text(recording.tensor("context")), view)
     return {"flow": max_error(flow, recording.tensor("flow"))}
+
+
+def _verify_memory(recording: Recording) -> dict[str, float]:
+    encoder, num_updates = recording.memory(), recording.integer("updates")
+    states, keys, values = [], [], []
+    state = encoder.initial(recording.tensor("evicted_k").shape[1])
+    for update in range(num_updates):
+        state = encoder(state, recording.tensor("evicted_k")[update], recording.tensor("evicted_v")[update])
+        states.append(state)
+        for kept, read in zip((keys, values), encoder.read(state), strict=True):
+            kept.append(read)
+    return {
+        name: max_error(torch.stack(ours), recording.tensor(name))
+        for name, ours in (("memory", states), ("read_k", keys), ("read_v", values))
+    }
 
 
 def _verify_rollout(recording: Recording) -> dict[str, float]:

@@ -1,0 +1,133 @@
+"""Memory Queries: a fixed number of tokens that take in what leaves the window (Echo-Infinity, arXiv
+2606.04527), under the parameter names of the published encoder.
+
+This module holds parameters and arithmetic; a stream holds the state, and `history/evolving.py` says when it
+is updated and read.
+
+Legend: b rows, m memory tokens, k evicted tokens, h heads, d head dim, w width.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from longtake.config import Config
+from longtake.errors import ConfigError
+from longtake.models.layers import RMSNorm
+from longtake.ops.attention import attention
+
+_INITIAL_STD = 0.014
+
+
+class MemoryEncoderConfig(Config):
+    """Sizes of the memory; the defaults of the options are the paper's.
+
+    Args:
+        width, num_heads: of the DiT.
+        num_frames: frame-equivalents of memory.
+        rows, columns: of the grid that the memory tokens of a frame stand on, whatever the video's own.
+        num_layers: of attention and feed-forward over evicted entries.
+        ffn_ratio: width of the feed-forward over that of the DiT.
+        gate_bias: of the gate before training; 2 keeps 88 % of the old state.
+        normalize_keys: RMS norm of the keys that are read.
+        eps: of all norms.
+    """
+
+    width: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_frames: int = Field(default=3, ge=1)
+    rows: int = Field(gt=0)
+    columns: int = Field(gt=0)
+    num_layers: int = Field(default=2, ge=1)
+    ffn_ratio: int = Field(default=4, ge=1)
+    gate_bias: float = 2.0
+    normalize_keys: bool = False
+    eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _fits(self) -> MemoryEncoderConfig:
+        if self.width % self.num_heads:
+            raise ConfigError(
+                f"width={self.width} does not split into num_heads={self.num_heads}",
+                "use the DiT's width and heads",
+            )
+        return self
+
+    @property
+    def num_tokens(self) -> int:
+        """Memory tokens in all."""
+        return self.num_frames * self.rows * self.columns
+
+
+class MemoryLayer(nn.Module):
+    """Memory tokens attend to evicted entries, then a feed-forward; both add to the tokens."""
+
+    def __init__(self, config: MemoryEncoderConfig) -> None:
+        super().__init__()
+        width, eps = config.width, config.eps
+        self.num_heads = config.num_heads
+        self.norm1 = RMSNorm(width, eps)
+        self.q = nn.Linear(width, width)
+        self.norm_q = RMSNorm(width, eps)
+        self.o = nn.Linear(width, width)
+        self.norm2 = RMSNorm(width, eps)
+        self.ffn = nn.Sequential(
+            nn.Linear(width, config.ffn_ratio * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(config.ffn_ratio * width, width),
+        )
+
+    def forward(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
+        """``[b, m, w]``; evicted entries are used as they are, without further projections."""
+        q_bmhd = torch.unflatten(self.norm_q(self.q(self.norm1(state_bmw))), -1, (self.num_heads, -1))
+        state_bmw = state_bmw + self.o(attention(q_bmhd, k_bkhd, v_bkhd))
+        out: Tensor = state_bmw + self.ffn(self.norm2(state_bmw))
+        return out
+
+
+class MemoryEncoder(nn.Module):
+    """Learned initial state, gated update from evicted entries, and the keys and values that chunks read."""
+
+    def __init__(self, config: MemoryEncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.query_init = nn.Parameter(_INITIAL_STD * torch.randn(1, config.num_tokens, width))
+        self.layers = nn.ModuleList(MemoryLayer(config) for _ in range(config.num_layers))
+        self.connector_proj = nn.Sequential(
+            nn.Linear(width, width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(width, width),
+            RMSNorm(width, config.eps),
+        )
+        self.gate_linear = nn.Linear(2 * width, width)
+        nn.init.constant_(self.gate_linear.bias, config.gate_bias)
+        self.to_k = nn.Linear(width, width)
+        self.to_v = nn.Linear(width, width)
+        self.norm_k_out = RMSNorm(width, config.eps) if config.normalize_keys else nn.Identity()
+
+    def initial(self, batch: int) -> Tensor:
+        """The state ``[b, m, w]`` of streams that have evicted nothing; gradients reach `query_init`."""
+        return self.query_init.expand(batch, -1, -1).clone()
+
+    def forward(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
+        """The state after some frames have left the window (equations 2 to 4 of the paper).
+
+        Args:
+            state_bmw: before.
+            k_bkhd, v_bkhd: evicted entries of one layer of the DiT, keys after their norm and un-rotated.
+        """
+        candidate_bmw = state_bmw
+        for layer in self.layers:
+            candidate_bmw = layer(candidate_bmw, k_bkhd, v_bkhd)
+        candidate_bmw = self.connector_proj(candidate_bmw)
+        gate_bmw = torch.sigmoid(self.gate_linear(torch.cat([state_bmw, candidate_bmw], dim=-1)))
+        return gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
+
+    def read(self, state_bmw: Tensor) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys and values ``[b, m, h, d]``, the same for every layer of the DiT."""
+        heads = (self.config.num_heads, -1)
+        keys = torch.unflatten(self.norm_k_out(self.to_k(state_bmw)), -1, heads)
+        return keys, torch.unflatten(self.to_v(state_bmw), -1, heads)

@@ -1,0 +1,180 @@
+"""The evolving memory: equal in both histories, learned through evictions, the plain window where off."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.cache.base import Entries
+from longtake.diffusion.sampler import context_pass
+from longtake.errors import ConfigError
+from longtake.history.base import Evicted, HistoryConfig, HistoryView, MemoryGrid, Policy
+from longtake.history.evolving import EvolvingConfig, EvolvingPolicy
+from longtake.history.positions import Relative
+from longtake.history.pure import PureHistory
+from longtake.history.slots import SlotHistory
+from longtake.models.dit import DiT
+from longtake.models.memory import MemoryEncoder, MemoryEncoderConfig
+from tiny_parts import GRID, small_dit
+
+GRID_OF_MEMORY = MemoryGrid(2, (0.0, 1.0), (0.0, 1.0, 2.0))
+CONFIG = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6))
+CHUNKS = 6
+
+
+def encoder(seed: int = 1) -> MemoryEncoder:
+    torch.manual_seed(seed)
+    made = MemoryEncoder(MemoryEncoderConfig(width=24, num_heads=2, num_frames=2, rows=2, columns=3))
+    torch.nn.init.normal_(made.query_init, std=0.5)
+    return made
+
+
+def policy(
+    mode: Literal["update", "prior", "off"] = "update",
+    network: MemoryEncoder | None = None,
+    **changes: object,
+) -> EvolvingPolicy:
+    config = EvolvingConfig(mode=mode).replace(**changes)
+    return EvolvingPolicy(network or encoder(), GRID_OF_MEMORY, 2, config)
+
+
+def text_of(dit: DiT) -> object:
+    return dit.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8).expand(2, -1, -1))
+
+
+def rollout(dit: DiT, view: Callable[[], HistoryView], commit: Callable[[Entries], object]) -> list[Tensor]:
+    """Flows of a few chunks at one noise level, each committed as it came."""
+    flows = []
+    text = text_of(dit)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(CHUNKS):
+        x = torch.randn(2, 2, 3, *GRID, generator=generator)
+        seen = view()
+        flow, _ = dit(x, x.new_full((2, 2), 600.0), text, seen)
+        commit(context_pass(dit, text, seen, x - flow))
+        flows.append(flow)
+    return flows
+
+
+def in_place(dit: DiT, used: Policy | None) -> list[Tensor]:
+    history = SlotHistory(CONFIG, dit.cache_spec(), GRID, 2, policy=used)
+    slots = [history.join(), history.join()]
+    size = history.num_bytes
+    with torch.no_grad():
+        flows = rollout(dit, lambda: history.view(slots), lambda entries: history.commit(entries, slots))
+    assert history.num_bytes == size
+    return flows
+
+
+def functional(dit: DiT, used: Policy | None) -> list[Tensor]:
+    kept = PureHistory(CONFIG, dit.cache_spec(), GRID, **({} if used is None else {"policy": used}))
+
+    def commit(entries: Entries) -> None:
+        nonlocal kept
+        kept = kept.commit(entries)
+
+    return rollout(dit, lambda: kept.view(), commit)
+
+
+@pytest.mark.parametrize("mode", ["update", "prior"])
+@pytest.mark.parametrize("initially", [True, False])
+def test_both_histories_give_the_same(mode: Literal["update", "prior"], initially: bool) -> None:
+    dit = small_dit()
+    used = policy(mode, read_initially=initially)
+    with torch.no_grad():
+        expected = functional(dit, used)
+    for ours, wanted in zip(in_place(dit, used), expected, strict=True):
+        torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_off_is_the_plain_window_exactly() -> None:
+    dit = small_dit()
+    for run in (in_place, functional):
+        with torch.no_grad():
+            plain, off = run(dit, None), run(dit, policy("off"))
+        assert all(torch.equal(one, other) for one, other in zip(plain, off, strict=True))
+
+
+def test_what_left_the_window_is_still_felt_with_memory_only() -> None:
+    """The second chunk is changed; far beyond the window nothing is left of it but in memory."""
+    dit = small_dit()
+    text = text_of(dit)
+
+    def far(used: Policy | None, change: float) -> Tensor:
+        # The changed frame's entries are committed alone, so that no other chunk has read them.
+        kept = PureHistory(CONFIG, dit.cache_spec(), GRID, **({} if used is None else {"policy": used}))
+        generator = torch.Generator().manual_seed(3)
+        for chunk in range(4):
+            x = torch.randn(2, 2, 3, *GRID, generator=generator)
+            own = PureHistory(CONFIG, dit.cache_spec(), GRID).view()
+            entries = context_pass(dit, text, own, x)
+            if chunk == 1:
+                entries = entries.map(lambda part: part + change)
+            kept = kept.commit(entries)
+        x = torch.randn(2, 2, 3, *GRID, generator=generator)
+        return dit(x, x.new_full((2, 2), 600.0), text, kept.view())[0]
+
+    with torch.no_grad():
+        for used, felt in ((None, False), (policy("prior"), False), (policy("update"), True)):
+            assert torch.equal(far(used, 0.0), far(used, 0.5)) != felt
+
+
+def test_a_rollout_teaches_every_parameter_of_the_memory() -> None:
+    dit, network = small_dit(), encoder()
+    flows = functional(dit, policy(network=network))
+    flows[-1].square().mean().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+
+
+def test_the_source_layer_is_what_is_absorbed() -> None:
+    network = encoder()
+    torch.manual_seed(0)
+    layers = tuple({"k": torch.randn(1, 6, 2, 12), "v": torch.randn(1, 6, 2, 12)} for _ in range(2))
+    evicted = Evicted(((1,),), Entries(layers))
+    state = {"memory": network.initial(1)}
+    for layer in (0, 1, -1):
+        [(_, after)] = policy(network=network, source_layer=layer).absorb(state, evicted).items()
+        assert torch.equal(after, network(state["memory"], layers[layer]["k"], layers[layer]["v"]))
+
+
+def test_a_memory_that_the_ids_have_no_room_for_is_refused() -> None:
+    dit = small_dit()
+    tight = CONFIG.replace(positions=Relative(f_max=5))
+    with pytest.raises(ConfigError, match=r"window 5 \+ memory 2 = 7 frames do not fit f_max=5"):
+        PureHistory(tight, dit.cache_spec(), GRID, policy=policy())
+    PureHistory(tight, dit.cache_spec(), GRID, policy=policy("off"))
+
+
+def test_a_stream_starts_from_the_learned_state_whatever_was_in_its_slot() -> None:
+    dit, used = small_dit(), policy()
+    history = SlotHistory(CONFIG, dit.cache_spec(), GRID, 2, policy=used)
+    slots = [history.join(), history.join()]
+    with torch.no_grad():
+        first = rollout(dit, lambda: history.view(slots), lambda entries: history.commit(entries, slots))
+        for slot in slots:
+            history.leave(slot)
+        slots = [history.join(), history.join()]
+        again = rollout(dit, lambda: history.view(slots), lambda entries: history.commit(entries, slots))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_detaching_cuts_the_memory_off() -> None:
+    dit, network = small_dit(), encoder()
+    kept = PureHistory(CONFIG, dit.cache_spec(), GRID, policy=policy(network=network))
+    text = text_of(dit)
+    for _ in range(4):
+        x = torch.randn(2, 2, 3, *GRID)
+        kept = kept.commit(context_pass(dit, text, kept.view(), x))
+    assert kept.state is not None
+    assert kept.state["memory"].requires_grad
+    cut = kept.detach()
+    assert cut.state is not None
+    assert not cut.state["memory"].requires_grad
+    assert dataclasses.replace(cut, state=kept.state).state is kept.state
