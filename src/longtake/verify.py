@@ -238,7 +238,9 @@ def _verify_single(recording: Recording) -> dict[str, float]:
 
 def _verify_memory(recording: Recording) -> dict[str, float]:
     encoder, num_updates = recording.memory(), recording.integer("updates")
-    states, keys, values = [], [], []
+    states: list[Tensor] = []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     state = encoder.initial(recording.tensor("evicted_k").shape[1])
     for update in range(num_updates):
         state = encoder(state, recording.tensor("evicted_k")[update], recording.tensor("evicted_v")[update])
