@@ -70,7 +70,17 @@ def guided_task() -> DiTTask:
     cache = LatentCacheConfig(num_latent_frames=4, chunk_frames=2, levels=(2, 3), height=32, width=32)
     clips = FreshClips(TinyVAE(VAE).eval(), cache, guided=True)
     held_out = clips.draw(np.random.default_rng(0), 2)
-    config = DiTTrainingConfig(loop=loop(4), num_clips=2, num_chunks=2, guide_weight=1.0, guide_layer=1)
+    config = DiTTrainingConfig(
+        loop=loop(4),
+        num_clips=2,
+        num_chunks=2,
+        num_copies=2,
+        num_first_clips=2,
+        num_first_copies=1,
+        guide_weight=1.0,
+        guide_layer=1,
+        prompt_guide_weight=0.5,
+    )
     return DiTTask(module, HISTORY, config, held_out, clips, held_out)
 
 

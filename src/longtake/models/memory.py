@@ -124,8 +124,8 @@ class MemoryEncoder(nn.Module):
             candidate_bmw = layer(candidate_bmw, k_bkhd, v_bkhd)
         candidate_bmw = self.connector_proj(candidate_bmw)
         gate_bmw = torch.sigmoid(self.gate_linear(torch.cat([state_bmw, candidate_bmw], dim=-1)))
-        state_bmw = gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
-        return state_bmw
+        updated_bmw: Tensor = gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
+        return updated_bmw
 
     def read(self, state_bmw: Tensor) -> tuple[Tensor, Tensor]:
         """Un-rotated keys and values ``[b, m, h, d]``, the same for every layer of the DiT."""

@@ -118,6 +118,10 @@ class TinyTextEncoder(nn.Module):
         ids_bl, mask_bl = ids_bl.to(device), mask_bl.to(device)
         return self(ids_bl, mask_bl), mask_bl
 
+    def id_of(self, word: str) -> int:
+        """The token id of a known word; -1, which no token has, for another."""
+        return self._ids.get(word, -1)
+
     def unknown_words(self, text: str) -> list[str]:
         """Words of a prompt that the model does not know, in order, without repeats."""
         return list(dict.fromkeys(word for word in _words(text) if word not in self._ids))

@@ -6,6 +6,7 @@ Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
+from longtake.train.prompt_guide import PromptProbe
 from longtake.train.prompts import EmbeddedPrompts
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import Walk, at_sigma, stratified
@@ -47,6 +49,12 @@ class DiTTrainingConfig(ClipsPerStep):
         0.0, ge=0, description="of the error of reading off tokens where objects are and go; fresh clips only"
     )
     guide_layer: int = Field(2, ge=0, description="layer whose tokens are read")
+    prompt_guide_weight: float = Field(
+        0.0, ge=0, description="of the error of reading off the text encoder's tokens what prompts ask for"
+    )
+    num_first_copies: int | None = Field(
+        None, ge=1, description="noisy copies of chunks that are trained alone; None: as many as of others"
+    )
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
@@ -107,9 +115,11 @@ class DiTTask:
         self.networks = module
         self.module: nn.Module = module
         self._probe: nn.Linear | None = None
-        if config.guide_weight > 0:
-            self._probe = probe_of(module.dit, config.guide_layer)
-            self.module = nn.ModuleDict({"networks": module, "probe": self._probe})
+        self._prompt_probe: PromptProbe | None = None
+        probes = probes_of(module, config)
+        if probes:
+            self.module = nn.ModuleDict({"networks": module, **probes})
+            self._probe, self._prompt_probe = probes.get("probe"), probes.get("prompt_probe")
         self._rollouts = rollouts
         self.history = history
         self.config = config
@@ -134,8 +144,10 @@ class DiTTask:
             config.final_foreground_weight - config.foreground_weight
         )
         parts: list[_Errors] = []
+        prompts: list[str] = []
         for clips, num_chunks in config.draw(rng, self.first_clips, self.clips):
             parts += self._walk(clips, num_chunks, weight, generator)
+            prompts += [text for of_clip in clips.prompts for _, text in of_clip]
         loss = torch.stack([part for part, _, _ in parts]).mean()
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
@@ -144,14 +156,19 @@ class DiTTask:
             guide = torch.stack(read).mean()
             loss = loss + config.guide_weight * guide
             figures["guide"] = float(guide.detach())
+        if self._prompt_probe is not None and isinstance(self.networks.text, TinyTextEncoder):
+            prompt_guide = self._prompt_probe(self.networks.text, prompts)
+            loss = loss + config.prompt_guide_weight * prompt_guide
+            figures["prompt_guide"] = float(prompt_guide.detach())
         return loss, figures
 
     def _walk(
         self, clips: Clips, num_chunks: int, foreground_weight: float, generator: torch.Generator
     ) -> list[_Errors]:
         """The errors of every chunk of the clips."""
-        config, frames, num_copies = self.config, self.history.chunk_frames, self.config.num_copies
-        num_clips = len(clips)
+        config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
+        alone = num_chunks == 1 and config.num_first_copies is not None
+        num_copies = config.num_first_copies if alone and config.num_first_copies else config.num_copies
         dropped = (torch.rand(num_clips, generator=generator) < config.text_dropout).tolist()
         prompts = [
             ((0, ""),) if drop else of_clip for of_clip, drop in zip(clips.prompts, dropped, strict=True)
@@ -207,7 +224,7 @@ class DiTTask:
     ) -> tuple[Tensor, Tensor]:
         """Mean loss and foreground error of the rows that count."""
         squared = (predicted - target).square().mean(dim=2)
-        mask = foreground_bfhw.repeat(self.config.num_copies, 1, 1, 1)
+        mask = foreground_bfhw.repeat(len(target) // len(foreground_bfhw), 1, 1, 1)
         weight = 1 + (foreground_weight - 1) * mask
         by_row = (squared * weight).mean(dim=(1, 2, 3)) / sigma.clamp_min(self.config.min_weight_sigma)
         with torch.no_grad():
@@ -273,14 +290,30 @@ class _Reading:
             self.tokens = tokens_ruw
 
 
-def probe_of(dit: DiT, layer: int) -> nn.Linear:
-    """What reads a layer's tokens, trained beside the networks. Raises ConfigError for a layer too many."""
-    if layer >= dit.config.num_layers:
-        raise ConfigError(
-            f"guide_layer={layer}, but the DiT has {dit.config.num_layers} layers", "use one of its layers"
-        )
-    _, height, width = dit.config.patch_size
-    return nn.Linear(dit.config.width, height * width * NUM_GUIDE_CHANNELS)
+def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any]:
+    """What reads a layer's tokens and the prompts' tokens, trained beside the networks, where asked for.
+
+    Raises:
+        ConfigError: a layer too many, or prompts that were embedded before.
+    """
+    probes: dict[str, nn.Module] = {}
+    dit = module.dit.config
+    if config.guide_weight > 0:
+        if config.guide_layer >= dit.num_layers:
+            raise ConfigError(
+                f"guide_layer={config.guide_layer}, but the DiT has {dit.num_layers} layers",
+                "use one of its layers",
+            )
+        _, height, width = dit.patch_size
+        probes["probe"] = nn.Linear(dit.width, height * width * NUM_GUIDE_CHANNELS)
+    if config.prompt_guide_weight > 0:
+        if not isinstance(module.text, TinyTextEncoder):
+            raise ConfigError(
+                f"prompt_guide_weight={config.prompt_guide_weight} needs a text encoder that is trained",
+                "set it to 0",
+            )
+        probes["prompt_probe"] = PromptProbe(module.text.config)
+    return probes
 
 
 def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:

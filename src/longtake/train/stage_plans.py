@@ -18,7 +18,7 @@ from longtake.models.dit import DiT, DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, vae_cost
-from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, probe_of
+from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, probes_of
 from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
 from longtake.train.latents import ClipsPerStep
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
@@ -95,12 +95,14 @@ def plan_dit(
     cost = Cost()
     for count, num_chunks in config.walks:
         cost += sizes.text_cost(count, True, arithmetic)
+        copies = (config.num_first_copies if num_chunks == 1 else None) or config.num_copies
         for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
-            cost += costs.forward(config.num_copies * count + commits, chunk, True, commits)
+            cost += costs.forward(copies * count + commits, chunk, True, commits)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
-    probe = on_meta(lambda: probe_of(module.dit, config.guide_layer)) if config.guide_weight > 0 else None
-    learned = module if probe is None else nn.ModuleDict({"networks": module, "probe": probe})
+    with torch.device("meta"):
+        probes = probes_of(module, config)
+    learned: nn.Module = nn.ModuleDict({"networks": module, **probes}) if probes else module
     optimizer = dit_optimizer(
         learned,
         config.muon_learning_rate,
@@ -110,8 +112,7 @@ def plan_dit(
     )
     phases = [Phase("walks", cost), *_fresh_clips(sizes, config, arithmetic)]
     networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
-    if probe is not None:
-        networks["probe"] = probe
+    networks |= probes
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
 
