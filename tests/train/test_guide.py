@@ -156,3 +156,12 @@ def test_clips_without_a_guide_are_trained_without() -> None:
 def test_a_layer_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="guide_layer=2, but the DiT has 2 layers"):
         fresh_task(guide_layer=2)
+
+
+def test_chunks_that_are_trained_alone_may_weigh_more() -> None:
+    light, heavy = (fresh_task(guide_weight=0.0, first_weight=weight) for weight in (1.0, 5.0))
+    parts = [float(part.detach()) for part, _, _ in _parts(light)]
+    for task, weight in ((light, 1.0), (heavy, 5.0)):
+        loss, _ = task.loss(0, 0.0)
+        expected = (weight * parts[0] + sum(parts[1:])) / (weight + 3)
+        assert float(loss.detach()) == pytest.approx(expected, rel=1e-4)

@@ -77,6 +77,7 @@ def guided_task() -> DiTTask:
         num_copies=2,
         num_first_clips=2,
         num_first_copies=1,
+        first_weight=3.0,
         guide_weight=1.0,
         guide_layer=1,
         prompt_guide_weight=0.5,

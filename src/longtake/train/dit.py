@@ -35,6 +35,9 @@ class DiTTrainingConfig(ClipsPerStep):
 
     loop: LoopConfig = LoopConfig()
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
+    first_weight: float = Field(
+        1.0, gt=0, description="of chunks that are trained alone, against 1 for each chunk of whole clips"
+    )
     text_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained without their caption")
     foreground_weight: float = Field(4.0, ge=1, description="weight of foreground cells at the start")
     final_foreground_weight: float = Field(1.5, ge=1, description="and at the end of the stage")
@@ -145,10 +148,13 @@ class DiTTask:
         )
         parts: list[_Errors] = []
         prompts: list[str] = []
+        weights: list[float] = []
         for clips, num_chunks in config.draw(rng, self.first_clips, self.clips):
             parts += self._walk(clips, num_chunks, weight, generator)
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
-        loss = torch.stack([part for part, _, _ in parts]).mean()
+            weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
+        shares = torch.tensor(weights) / sum(weights)
+        loss = (torch.stack([part for part, _, _ in parts]) * shares).sum()
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
         read = [error for _, _, error in parts if error is not None]
