@@ -278,3 +278,12 @@ def test_the_command_prints_plans_and_refuses(capsys: pytest.CaptureFixture[str]
     assert "stage windows" in out
     assert "--set windows.loop.recompute=blocks takes" in err
     assert err.count("\n") == 1
+
+
+def test_encoding_of_fresh_clips_is_counted_for_every_walk() -> None:
+    name = "encoding of fresh clips"
+    whole = windows(fresh_clips=True, num_clips=2, num_first_clips=0).flops[name]
+    first = windows(fresh_clips=True, num_clips=0, num_first_clips=2).flops[name]
+    assert 0 < first < whole
+    assert windows(fresh_clips=True, num_clips=2, num_first_clips=2).flops[name] == first + whole
+    assert name not in windows(fresh_clips=False).flops

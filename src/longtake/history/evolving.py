@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Literal, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from longtake.cache.base import Entries
@@ -49,7 +48,7 @@ class EvolvingConfig(Config):
 
     mode: Literal["update", "prior", "off"] = "update"
     source_layer: int = -1
-    read_initially: bool = Field(default=True)
+    read_initially: bool = True
 
 
 class EvolvingPolicy(Policy):
@@ -79,19 +78,15 @@ class EvolvingPolicy(Policy):
 
     @property
     def memory_grid(self) -> MemoryGrid | None:
-        """None in mode "off"."""
+        """None in mode "off": then a history asks for nothing else."""
         return None if self.config.mode == "off" else self._grid
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """The learned initial state."""
-        if self.config.mode == "off":
-            return {}
         return {_STATE: self._network.initial(batch).to(device, dtype)}
 
     def readable(self, num_evicted: int) -> bool:
         """From the start, or once something was absorbed."""
-        if self.config.mode == "off":
-            return False
         return self.config.read_initially or (self.config.mode == "update" and num_evicted > 0)
 
     def absorb(self, state: PolicyState, evicted: Evicted) -> PolicyState:
@@ -103,7 +98,5 @@ class EvolvingPolicy(Policy):
 
     def read(self, state: PolicyState) -> Entries:
         """The same keys and values for every layer."""
-        if self.config.mode == "off":
-            return Entries(())
         keys, values = self._network.read(state[_STATE])
         return Entries(({"k": keys, "v": values},) * self._num_layers)

@@ -62,6 +62,10 @@ class DiTTrainingConfig(ClipsPerStep):
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
 
+    def copies_of(self, num_chunks: int) -> int:
+        """Noisy copies of each chunk of clips that are walked so far."""
+        return (self.num_first_copies if num_chunks == 1 else None) or self.num_copies
+
 
 class TextToLatents(nn.Module):
     """The two networks that are trained together: text encoder and DiT. Or prompts embedded once, and DiT."""
@@ -173,8 +177,7 @@ class DiTTask:
     ) -> list[_Errors]:
         """The errors of every chunk of the clips."""
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
-        alone = num_chunks == 1 and config.num_first_copies is not None
-        num_copies = config.num_first_copies if alone and config.num_first_copies else config.num_copies
+        num_copies = config.copies_of(num_chunks)
         dropped = (torch.rand(num_clips, generator=generator) < config.text_dropout).tolist()
         prompts = [
             ((0, ""),) if drop else of_clip for of_clip, drop in zip(clips.prompts, dropped, strict=True)

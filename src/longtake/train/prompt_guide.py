@@ -38,7 +38,8 @@ class PromptProbe(nn.Module):
         """Mean cross-entropy of all answers in nats; 0 where no prompt names an object."""
         asked = [parse_caption(prompt) for prompt in prompts]
         ids_bl, mask_bl = encoder.tokenize(prompts)
-        embedded_bld = encoder(ids_bl, mask_bl)
+        device = encoder.position.device
+        embedded_bld = encoder(ids_bl.to(device), mask_bl.to(device))
         shapes = torch.tensor([encoder.id_of(shape) for shape in SHAPES])
         rows: list[tuple[int, int]] = []
         answers: list[list[int]] = []
@@ -79,7 +80,9 @@ def _answers_of_prompt(attributes: Attributes) -> list[int]:
 def _cross_entropy(logits_na: Tensor, answers_nk: Tensor, sizes: Sequence[int]) -> Tensor:
     """Mean over questions of the mean over those who were asked."""
     parts = []
-    for logits, answer in zip(torch.split(logits_na.float(), list(sizes), dim=-1), answers_nk.T, strict=True):
+    for logits, answer in zip(
+        torch.split(logits_na.float(), list(sizes), dim=-1), answers_nk.T.to(logits_na.device), strict=True
+    ):
         total = F.cross_entropy(logits, answer, ignore_index=_UNSAID, reduction="sum")
         parts.append(total / (answer != _UNSAID).sum().clamp_min(1))
     return torch.stack(parts).mean()

@@ -212,12 +212,13 @@ class _Networks:
 
 def _train_vae(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     vae, config = networks.vae, recipe.vae
-    figures = run(VAETask(vae, config), config.loop, out / "vae", seconds)
+    task = VAETask(vae, config)
+    figures = run(task, config.loop, out / "vae", seconds)
     if STOPPED_EARLY in figures:
         return figures
     seeds = list(range(_NUM_CLIPS_FOR_STATISTICS))
     scenes = clip_scenes(seeds, config.levels, "train")
-    measure_latents(vae, render_clips(scenes, seeds, VAETask(vae, config).num_frames, config))
+    measure_latents(vae, render_clips(scenes, seeds, task.num_frames, config))
     networks.keep("vae", vae)
     return figures
 

@@ -95,7 +95,7 @@ def plan_dit(
     cost = Cost()
     for count, num_chunks in config.walks:
         cost += sizes.text_cost(count, True, arithmetic)
-        copies = (config.num_first_copies if num_chunks == 1 else None) or config.num_copies
+        copies = config.copies_of(num_chunks)
         for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
             cost += costs.forward(copies * count + commits, chunk, True, commits)
@@ -236,6 +236,5 @@ def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> 
             sizes.height * stride,
             sizes.width * stride,
         )
-        # One walk's clips are encoded before the next walk's.
-        cost = cost.beside(vae_cost(sizes.vae, frames, arithmetic, learns_encoder=False))
+        cost += vae_cost(sizes.vae, frames, arithmetic, learns_encoder=False)
     return [Phase("encoding of fresh clips", cost)]
