@@ -12,17 +12,17 @@ from torch import Tensor
 
 from longtake.cache.base import Entries
 from longtake.diffusion.sampler import context_pass
-from longtake.errors import ConfigError
-from longtake.history.base import Evicted, HistoryConfig, HistoryView, MemoryGrid, Policy
+from longtake.errors import ConfigError, HistoryError
+from longtake.history.base import Evicted, HistoryConfig, HistoryView, Policy
 from longtake.history.evolving import EvolvingConfig, EvolvingPolicy
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
-from longtake.models.dit import DiT
+from longtake.models.dit import DiT, TextContext
 from longtake.models.memory import MemoryEncoder, MemoryEncoderConfig
 from tiny_parts import GRID, small_dit
 
-GRID_OF_MEMORY = MemoryGrid(2, (0.0, 1.0), (0.0, 1.0, 2.0))
+GRID_OF_MEMORY = (2, (0.0, 1.0), (0.0, 1.0, 2.0))
 CONFIG = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6))
 CHUNKS = 6
 
@@ -43,7 +43,7 @@ def policy(
     return EvolvingPolicy(network or encoder(), GRID_OF_MEMORY, 2, config)
 
 
-def text_of(dit: DiT) -> object:
+def text_of(dit: DiT) -> TextContext:
     return dit.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8).expand(2, -1, -1))
 
 
@@ -83,9 +83,13 @@ def functional(dit: DiT, used: Policy | None) -> list[Tensor]:
 
 @pytest.mark.parametrize("mode", ["update", "prior"])
 @pytest.mark.parametrize("initially", [True, False])
-def test_both_histories_give_the_same(mode: Literal["update", "prior"], initially: bool) -> None:
+@pytest.mark.parametrize("readers", ["all", (1,)])
+@pytest.mark.parametrize("timing", ["chunk", "second_pass"])
+def test_both_histories_give_the_same(
+    mode: Literal["update", "prior"], initially: bool, readers: object, timing: str
+) -> None:
     dit = small_dit()
-    used = policy(mode, read_initially=initially)
+    used = policy(mode, read_initially=initially, read_layers=readers, timing=timing)
     with torch.no_grad():
         expected = functional(dit, used)
     for ours, wanted in zip(in_place(dit, used), expected, strict=True):
@@ -178,3 +182,76 @@ def test_detaching_cuts_the_memory_off() -> None:
     assert cut.state is not None
     assert not cut.state["memory"].requires_grad
     assert dataclasses.replace(cut, state=kept.state).state is kept.state
+
+
+def test_layers_that_do_not_read_the_memory_see_none_of_it() -> None:
+    """Also where streams of one batch differ in whether they read it, so that there is a mask."""
+    dit, used = small_dit(), policy(read_layers=(1,), read_initially=False)
+    history = SlotHistory(CONFIG, dit.cache_spec(), GRID, 2, policy=used)
+    slots = [history.join(), history.join()]
+    text = text_of(dit).select([0])
+    for _ in range(3):
+        entries = context_pass(dit, text, history.view(slots[:1]), torch.randn(1, 2, 3, *GRID))
+        history.commit(entries, slots[:1])
+    view = history.view(slots)
+    memory, past = view.segments
+    own, rows = torch.zeros(2, 2 * GRID[0] * GRID[1], 2, 12), past.num_tokens
+    assert not memory.layers[0]
+    assert view.with_own(0, "k", own).shape[1] == rows + own.shape[1]
+    assert view.with_own(1, "k", own).shape[1] == memory.num_tokens + rows + own.shape[1]
+    for layer, seen in ((0, rows), (1, memory.num_tokens + rows)):
+        mask = view.mask(layer)
+        assert mask is not None
+        assert mask[:, 0, 0].sum(1).tolist() == [seen + own.shape[1], own.shape[1]]
+        assert view.repeat(3).mask(layer).shape == (6, 1, 1, mask.shape[-1])
+
+
+def test_layers_share_one_set_of_keys_and_values() -> None:
+    """Read once, kept once (as read and as it came), whatever the number of layers."""
+    dit, used = small_dit(), policy()
+    sizes = [SlotHistory(CONFIG, dit.cache_spec(), GRID, 1, policy=which).num_bytes for which in (used, None)]
+    tokens, token_bytes = 2 * 2 * 3, 24 * 4
+    assert sizes[0] - sizes[1] == tokens * token_bytes * (2 + 1)
+    read = used.read(used.start(1, torch.device("cpu"), torch.float32))
+    turned = read.map(lambda part: part + 1)
+    assert turned.layers[0]["k"] is turned.layers[1]["k"]
+
+
+def test_with_the_released_timing_the_first_pass_reads_the_memory_before_the_last_eviction() -> None:
+    dit, text = small_dit(), text_of(small_dit())
+    network = encoder()
+    newest, late = (policy(network=network, timing=timing) for timing in ("chunk", "second_pass"))
+    histories = [SlotHistory(CONFIG, dit.cache_spec(), GRID, 2, policy=used) for used in (newest, late)]
+    slots = [[history.join(), history.join()] for history in histories]
+
+    def memory(view: HistoryView) -> Tensor:
+        return view.segments[0].layers[0]["v"]
+
+    before: Tensor | None = None
+    for chunk in range(5):
+        views = [history.view(taken) for history, taken in zip(histories, slots, strict=True)]
+        if chunk > 0:
+            expected = memory(views[0]).clone()
+            first = memory(views[1]).clone()
+            assert torch.equal(first, expected if before is None else before)
+            later = views[1].after_first_pass()
+            assert torch.equal(memory(later), expected)
+            assert torch.equal(memory(views[1].after_first_pass()), expected)
+            before = expected
+        entries = context_pass(dit, text, views[0], torch.randn(2, 2, 3, *GRID))
+        for history, taken in zip(histories, slots, strict=True):
+            history.commit(entries, taken)
+    with pytest.raises(HistoryError, match="older than a commit"):
+        views[1].after_first_pass()
+
+
+@pytest.mark.parametrize("readers", [(), (2,), (1, 0), (0, 0), (-1,)])
+def test_readers_that_the_network_does_not_have_are_refused(readers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match="no ascending layers of a DiT that has 2"):
+        policy(read_layers=readers)
+
+
+@pytest.mark.parametrize("layer", [2, -3])
+def test_a_source_that_the_network_does_not_have_is_refused(layer: int) -> None:
+    with pytest.raises(ConfigError, match=f"source_layer={layer}, but the DiT has 2 layers"):
+        policy(source_layer=layer)

@@ -155,7 +155,7 @@ class MeanPolicy(Policy):
 
     @property
     def memory_grid(self) -> MemoryGrid:
-        return MemoryGrid(1, (0.5,), (0.0, 1.0))
+        return MemoryGrid.regular(1, (0.5,), (0.0, 1.0))
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         return {

@@ -28,22 +28,22 @@ class Entries:
     """What a run of tokens leaves behind: for every layer its parts by name, each ``[b, t, ...]``.
 
     Immutable; every method returns a new object, and autograd flows through all but :meth:`detach`. A
-    forward pass returns entries with rotary parts un-rotated.
+    forward pass returns entries with rotary parts un-rotated. Tokens that a layer does not read have an
+    empty mapping there. Layers may share one mapping, and then share what is made of it.
     """
 
     layers: tuple[Mapping[str, Tensor], ...]
 
     def map(self, change: Callable[[Tensor], Tensor], names: Sequence[str] | None = None) -> Entries:
-        """Apply a function to every tensor, or to the named parts only."""
-        return Entries(
-            tuple(
-                {
+        """Apply a function to every tensor once, or to those of the named parts."""
+        made: dict[int, Mapping[str, Tensor]] = {}
+        for layer in self.layers:
+            if id(layer) not in made:
+                made[id(layer)] = {
                     name: change(part) if names is None or name in names else part
                     for name, part in layer.items()
                 }
-                for layer in self.layers
-            )
-        )
+        return Entries(tuple(made[id(layer)] for layer in self.layers))
 
     def select(self, rows: Rows) -> Entries:
         """Entries of some rows of the batch."""
@@ -76,7 +76,7 @@ class Entries:
         return self._any().shape[1]
 
     def _any(self) -> Tensor:
-        return next(iter(self.layers[0].values()))
+        return next(part for layer in self.layers for part in layer.values())
 
     @staticmethod
     def cat(pieces: Sequence[Entries]) -> Entries:
@@ -96,6 +96,12 @@ class Buffers:
 
     The owner of the buffers is the only one who writes; :meth:`read` hands out views of the same memory.
     Zeroed, so that a masked place holds a finite number.
+
+    Args:
+        spec: the parts. ``names``: which of them are kept; None for all.
+        num_slots, capacity_tokens: sizes.
+        device, dtype: of the tensors.
+        layers: that keep anything; None for all. ``shared``: they keep one and the same.
     """
 
     def __init__(
@@ -106,39 +112,42 @@ class Buffers:
         device: torch.device,
         dtype: torch.dtype,
         names: Sequence[str] | None = None,
+        *,
+        layers: Sequence[int] | None = None,
+        shared: bool = False,
     ) -> None:
-        self.capacity_tokens = capacity_tokens
-        self.layers: tuple[dict[str, Tensor], ...] = tuple(
-            {
+        def allocated() -> dict[str, Tensor]:
+            return {
                 name: torch.zeros(num_slots, capacity_tokens, *part.shape, device=device, dtype=dtype)
                 for name, part in spec.parts
                 if names is None or name in names
             }
-            for _ in range(spec.num_layers)
-        )
+
+        self.capacity_tokens = capacity_tokens
+        kept = range(spec.num_layers) if layers is None else layers
+        first = allocated()
+        self._layers: dict[int, dict[str, Tensor]] = {
+            layer: first if shared or layer == kept[0] else allocated() for layer in kept
+        }
+        self._entries = Entries(tuple(self._layers.get(layer, {}) for layer in range(spec.num_layers)))
+        self._distinct = {kept[0]: first} if shared else self._layers
 
     @property
     def num_bytes(self) -> int:
         """Bytes allocated."""
-        return sum(part.nbytes for layer in self.layers for part in layer.values())
+        return sum(part.nbytes for part in self.named_tensors().values())
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Every tensor once, as ``LAYER.PART``."""
+        return {f"{i}.{name}": part for i, layer in self._distinct.items() for name, part in layer.items()}
 
     def read(self, slots: Rows, start: int, stop: int) -> Entries:
         """Tokens ``start..stop-1`` of some slots: a view for a slice of slots, else a copy."""
-        return Entries(
-            tuple(
-                {name: take_rows(part, slots)[:, start:stop] for name, part in layer.items()}
-                for layer in self.layers
-            )
-        )
+        return self._entries.map(lambda part: take_rows(part, slots)[:, start:stop])
 
     def gather_blocks(self, slots_i: Tensor, blocks_i: Tensor, start: int, block_tokens: int) -> Entries:
         """A copy of blocks of tokens, counted from token ``start``: ``[i, block_tokens, ...]``."""
-        return Entries(
-            tuple(
-                {name: _blocks(part, start, block_tokens)[slots_i, blocks_i] for name, part in layer.items()}
-                for layer in self.layers
-            )
-        )
+        return self._entries.map(lambda part: _blocks(part, start, block_tokens)[slots_i, blocks_i])
 
     def write_blocks(
         self, entries: Entries, slots_i: Tensor, blocks_i: Tensor, start: int, block_tokens: int
@@ -148,16 +157,16 @@ class Buffers:
         Writes the parts that both these buffers and the entries have: buffers may keep rotary parts only,
         and entries that were merely turned again hold nothing else.
         """
-        for layer, new in zip(self.layers, entries.layers, strict=True):
+        for i, layer in self._distinct.items():
+            new = entries.layers[i]
             for name in layer.keys() & new.keys():
                 part = layer[name]
                 _blocks(part, start, block_tokens)[slots_i, blocks_i] = new[name].to(part.dtype)
 
     def clear(self, slot: int) -> None:
         """Zero one slot."""
-        for layer in self.layers:
-            for part in layer.values():
-                part[slot].zero_()
+        for part in self.named_tensors().values():
+            part[slot].zero_()
 
 
 def _blocks(part_sc: Tensor, start: int, block_tokens: int) -> Tensor:

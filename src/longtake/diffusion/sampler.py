@@ -57,7 +57,7 @@ def sample_chunk(
     """Denoise one chunk of every stream.
 
     Args:
-        dit: the network. Every step reads the same view.
+        dit: the network.
         text, view: of the rows; under guidance of the positive rows and then the negative ones, which have
             histories of their own.
         noise: per step ``[b, f, c, h, w]``, on the network's device.
@@ -75,6 +75,7 @@ def sample_chunk(
     clean = x
     for step, (timestep, sigma) in enumerate(zip(*steps, strict=True)):
         if step > 0:
+            view = view.after_first_pass()
             x = add_noise(clean, noise[step], sigma)
         rows = x if guidance is None else torch.cat([x, x])
         flow, _ = dit(rows.to(dtype), rows.new_full(rows.shape[:2], timestep), text, view)
@@ -104,8 +105,7 @@ def context_pass(
         timestep: what the network is told; a few checkpoints were trained with a small one.
     """
     rows = torch.cat([clean, clean]) if guided else clean
+    dtype = dit.patch_embedding.weight.dtype
     entries: Entries
-    _, entries = dit(
-        rows.to(dit.patch_embedding.weight.dtype), rows.new_full(rows.shape[:2], timestep), text, view
-    )
+    _, entries = dit(rows.to(dtype), rows.new_full(rows.shape[:2], timestep), text, view.after_first_pass())
     return entries

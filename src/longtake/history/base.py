@@ -14,8 +14,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -24,7 +27,7 @@ from longtake.cache.spec import CacheSpec
 from longtake.config import Config
 from longtake.errors import ConfigError, HistoryError
 from longtake.history.positions import Absolute, Positions, Relative
-from longtake.ops.rope import Phases, grid_phases, rotate
+from longtake.ops.rope import Phases, RopeSpec, grid_phases, rotate, token_phases
 
 PolicyState = dict[str, Tensor]
 """What a policy carries along, tensors with the batch first; empty for a policy without memory."""
@@ -100,16 +103,47 @@ class Evicted:
 
 @dataclass(frozen=True)
 class MemoryGrid:
-    """Where a policy's memory tokens sit: frame-equivalents, and real-valued ids of rows and columns."""
+    """Where a policy's memory tokens stand, and which layers read them.
+
+    Args:
+        num_frames: temporal ids that the memory takes, directly before those of the local frames.
+        places: for every token how many ids after the memory's first it stands (0 to ``num_frames - 1``),
+            its row id and its column id; real numbers.
+        layers: that read the memory; None for all. ``shared``: all of them read the same keys and values,
+            which are then kept once.
+    """
 
     num_frames: int
-    row_ids: tuple[float, ...]
-    column_ids: tuple[float, ...]
+    places: tuple[tuple[float, float, float], ...]
+    layers: tuple[int, ...] | None = None
+    shared: bool = False
+
+    @classmethod
+    def regular(
+        cls,
+        num_frames: int,
+        row_ids: Sequence[float],
+        column_ids: Sequence[float],
+        layers: tuple[int, ...] | None = None,
+        *,
+        shared: bool = False,
+    ) -> MemoryGrid:
+        """Whole frames of tokens, frame by frame, row by row."""
+        return cls(num_frames, tuple(product(range(num_frames), row_ids, column_ids)), layers, shared)
 
     @property
     def num_tokens(self) -> int:
-        """Memory tokens in all, frame by frame, row by row."""
-        return self.num_frames * len(self.row_ids) * len(self.column_ids)
+        """Memory tokens in all."""
+        return len(self.places)
+
+    def phases(self, first_ids: Sequence[float], rope: RopeSpec) -> Phases:
+        """Phases of all tokens, one row for each temporal id at which a memory begins."""
+        first_b13 = F.pad(torch.tensor(first_ids, dtype=torch.float64)[:, None, None], (0, 2))
+        return token_phases(first_b13 + self._places_m3, rope)
+
+    @cached_property
+    def _places_m3(self) -> Tensor:
+        return torch.tensor(self.places, dtype=torch.float64)
 
 
 class Policy(ABC):
@@ -123,6 +157,13 @@ class Policy(ABC):
     @abstractmethod
     def memory_grid(self) -> MemoryGrid | None:
         """The policy's own segment; None where it keeps nothing: evicted entries are not even gathered."""
+
+    @property
+    def reads_late(self) -> bool:
+        """Whether a chunk's first pass reads the memory as it was before the last eviction (the timing of
+        Echo-Infinity's released code). False: every pass of a chunk reads the newest.
+        """
+        return False
 
     @abstractmethod
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
@@ -141,7 +182,9 @@ class Policy(ABC):
 
     @abstractmethod
     def read(self, state: PolicyState) -> Entries:
-        """The memory segment as un-rotated entries ``[b, memory_grid.num_tokens, ...]`` of every layer."""
+        """The memory segment as un-rotated entries ``[b, memory_grid.num_tokens, ...]`` of the layers that
+        read it; where the grid says ``shared``, one mapping for all of them.
+        """
 
 
 @dataclass(frozen=True)
@@ -151,13 +194,14 @@ class HistoryView:
 
     Args:
         segments: past entries, rotary parts already turned; each ``[b, tokens, ...]``. No segments at a
-            stream's start.
+            stream's start. A segment that some layers do not read comes first.
         phases: of the own tokens, ``[b or 1, t, 1, p]``.
         num_frames: own frames. ``grid``: tokens per frame as (rows, columns).
         mask_b1tk: bool over past and own keys, broadcastable to ``[b, 1, t, k]``, True where visible; None:
             all visible.
         copies: forward rows per base row; row ``copy * b + i`` reads what base row ``i`` reads.
         is_fresh: False once a commit has overwritten what this view shows.
+        later: makes the view of a chunk's passes after its first one; None where they read the same.
     """
 
     segments: tuple[Entries, ...]
@@ -167,6 +211,7 @@ class HistoryView:
     mask_b1tk: Tensor | None = None
     copies: int = 1
     is_fresh: Callable[[], bool] | None = None
+    later: Callable[[], HistoryView] | None = None
 
     def check_fresh(self) -> None:
         """Raise HistoryError where a commit has overwritten this view (host integers only, no sync)."""
@@ -175,9 +220,18 @@ class HistoryView:
                 "this view is older than a commit to its streams", "ask the history for a new view"
             )
 
+    def after_first_pass(self) -> HistoryView:
+        """What the passes of the same chunk after its first one read."""
+        return self if self.later is None else self.later()
+
     def repeat(self, copies: int) -> HistoryView:
         """The same view for ``copies`` times as many rows, copy-major, without copying past entries."""
-        return replace(self, copies=self.copies * copies)
+        later = self.later
+        return replace(
+            self,
+            copies=self.copies * copies,
+            later=None if later is None else lambda: later().repeat(copies),
+        )
 
     def select(self, rows: Rows) -> HistoryView:
         """The view of some base rows."""
@@ -188,7 +242,14 @@ class HistoryView:
         if mask is not None and mask.shape[0] > 1:
             mask = take_rows(mask, rows)
         segments = tuple(segment.select(rows) for segment in self.segments)
-        return replace(self, segments=segments, phases=phases, mask_b1tk=mask)
+        later = self.later
+        return replace(
+            self,
+            segments=segments,
+            phases=phases,
+            mask_b1tk=mask,
+            later=None if later is None else lambda: later().select(rows),
+        )
 
     def rotate(self, x_rthd: Tensor) -> Tensor:
         """Turn own queries or keys by their positions."""
@@ -198,9 +259,9 @@ class HistoryView:
 
     def with_own(self, layer: int, name: str, own_rt: Tensor) -> Tensor:
         """Past and own tokens of one part, ``[r, k, ...]``: the one copy an attention layer makes."""
-        if not self.segments:
+        past = [parts[name] for segment in self.segments if (parts := segment.layers[layer])]
+        if not past:
             return own_rt
-        past = [segment.layers[layer][name] for segment in self.segments]
         if self.copies == 1:
             return torch.cat([*past, own_rt], dim=1)
         own = torch.unflatten(own_rt, 0, (self.copies, -1))
@@ -208,11 +269,15 @@ class HistoryView:
             0, 1
         )
 
-    def mask(self) -> Tensor | None:
-        """The mask for all rows, or None."""
-        if self.mask_b1tk is None or self.copies == 1 or self.mask_b1tk.shape[0] == 1:
-            return self.mask_b1tk
-        return self.mask_b1tk.expand(self.copies, *self.mask_b1tk.shape).flatten(0, 1)
+    def mask(self, layer: int) -> Tensor | None:
+        """The mask of a layer's keys for all rows, or None."""
+        if self.mask_b1tk is None:
+            return None
+        unread = sum(segment.num_tokens for segment in self.segments if not segment.layers[layer])
+        mask_b1tk = self.mask_b1tk[..., unread:]
+        if self.copies == 1 or mask_b1tk.shape[0] == 1:
+            return mask_b1tk
+        return mask_b1tk.expand(self.copies, *mask_b1tk.shape).flatten(0, 1)
 
 
 def frame_mask(mask_ff: Tensor, tokens_per_frame: int) -> Tensor:

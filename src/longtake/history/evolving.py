@@ -7,6 +7,7 @@ Legend: b rows, m memory tokens, k evicted tokens, h heads, d head dim, w width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from longtake.cache.base import Entries
 from longtake.config import Config
+from longtake.errors import ConfigError
 from longtake.history.base import Evicted, MemoryGrid, Policy, PolicyState
 
 _STATE = "memory"
@@ -43,43 +45,69 @@ class EvolvingConfig(Config):
             no memory: the plain window.
         source_layer: layer of the DiT whose evicted entries are absorbed; negative numbers count from the
             last.
+        read_layers: layers of the DiT that read the memory, in ascending order; "all" as published. Fewer
+            cost less.
         read_initially: read the learned initial state before anything was evicted.
+        timing: "chunk": every pass of a chunk reads the memory that holds all evicted frames, as in the
+            paper's figure. "second_pass": the first pass of a chunk still reads the memory before the last
+            eviction, as in the released code.
     """
 
     mode: Literal["update", "prior", "off"] = "update"
     source_layer: int = -1
+    read_layers: Literal["all"] | tuple[int, ...] = "all"
     read_initially: bool = True
+    timing: Literal["chunk", "second_pass"] = "chunk"
 
 
 class EvolvingPolicy(Policy):
     """Frames that leave are absorbed by a memory that chunks read beside sink and window.
 
-    Every pass of a chunk reads the memory as of its first pass. The sink never leaves, so it is never
-    absorbed.
+    The sink never leaves, so it is never absorbed.
 
     Args:
         network: encoder and reader.
-        grid: where the memory tokens stand.
-        num_layers: of the DiT, all of which read the memory.
-        config: mode and source.
+        grid: where the memory tokens stand: frames, row ids, column ids.
+        num_layers: of the DiT.
+        config: mode, source, readers.
+
+    Raises:
+        ConfigError: layers that the DiT does not have, or no reader.
     """
 
     def __init__(
         self,
         network: MemoryNetwork,
-        grid: MemoryGrid,
+        grid: tuple[int, Sequence[float], Sequence[float]],
         num_layers: int,
         config: EvolvingConfig | None = None,
     ) -> None:
         self.config = EvolvingConfig() if config is None else config
+        named = self.config.read_layers
+        readers = tuple(range(num_layers)) if named == "all" else named
+        if not readers or list(readers) != sorted({*readers} & {*range(num_layers)}):
+            raise ConfigError(
+                f"read_layers={named} are no ascending layers of a DiT that has {num_layers}",
+                f'use "all" or some of 0..{num_layers - 1}',
+            )
+        if not -num_layers <= self.config.source_layer < num_layers:
+            raise ConfigError(
+                f"source_layer={self.config.source_layer}, but the DiT has {num_layers} layers",
+                f"use {-num_layers}..{num_layers - 1}",
+            )
         self._network = network
-        self._grid = grid
+        self._grid = MemoryGrid.regular(*grid, layers=readers, shared=True)
         self._num_layers = num_layers
 
     @property
     def memory_grid(self) -> MemoryGrid | None:
         """None in mode "off": then a history asks for nothing else."""
         return None if self.config.mode == "off" else self._grid
+
+    @property
+    def reads_late(self) -> bool:
+        """See `EvolvingConfig.timing`."""
+        return self.config.timing == "second_pass"
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """The learned initial state."""
@@ -97,6 +125,8 @@ class EvolvingPolicy(Policy):
         return {_STATE: self._network(state[_STATE], source["k"], source["v"]).type_as(state[_STATE])}
 
     def read(self, state: PolicyState) -> Entries:
-        """The same keys and values for every layer."""
+        """The same keys and values for every layer that reads."""
         keys, values = self._network.read(state[_STATE])
-        return Entries(({"k": keys, "v": values},) * self._num_layers)
+        read = {"k": keys, "v": values}
+        assert self._grid.layers is not None
+        return Entries(tuple(read if i in self._grid.layers else {} for i in range(self._num_layers)))

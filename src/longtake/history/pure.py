@@ -25,7 +25,7 @@ from longtake.history.base import (
 )
 from longtake.history.positions import aligned_to_frames, segment_ids
 from longtake.history.window import WindowPolicy
-from longtake.ops.rope import Phases, grid_phases
+from longtake.ops.rope import Phases
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class PureHistory:
         device: where views are made for.
         sink, local, next_frame, num_evicted, state: the content; leave at their defaults for an empty
             history.
+        before: the memory as the last commit found it, with the frames evicted until then.
     """
 
     config: HistoryConfig
@@ -73,6 +74,7 @@ class PureHistory:
     next_frame: int = 0
     num_evicted: int = 0
     state: PolicyState | None = None
+    before: tuple[PolicyState, int] | None = None
 
     def __post_init__(self) -> None:
         memory = self.policy.memory_grid
@@ -103,9 +105,18 @@ class PureHistory:
                 f"a chunk of {num_frames} frames exceeds chunk_frames={self.config.chunk_frames}",
                 "generate at most chunk_frames at a time",
             )
+        if self.policy.reads_late and self.before is not None:
+            state, num_evicted = self.before
+            return replace(
+                self._view(num_frames, state, num_evicted),
+                later=lambda: self._view(num_frames, self.state, self.num_evicted),
+            )
+        return self._view(num_frames, self.state, self.num_evicted)
+
+    def _view(self, num_frames: int, state: PolicyState | None, num_evicted: int) -> HistoryView:
         current = range(self.next_frame, self.next_frame + num_frames)
         memory = self.policy.memory_grid
-        reads_memory = memory is not None and self.next_frame > 0 and self.policy.readable(self.num_evicted)
+        reads_memory = memory is not None and self.next_frame > 0 and self.policy.readable(num_evicted)
         ids = segment_ids(
             self.config.positions,
             self.sink_frames,
@@ -115,18 +126,16 @@ class PureHistory:
         )
         ids = aligned_to_frames(ids, current)
         segments: list[Entries] = []
+        if memory is not None and reads_memory:
+            assert state is not None
+            phases = memory.phases([ids.memory[0]], self.spec.rope).to(self.device)
+            segments.append(self.policy.read(state).rotated(phases, self.spec))
         if self.sink and ids.sink == self.sink_frames:
             segments += [piece.rotated for piece in self.sink]
         elif self.sink:
             segments.append(
                 Entries.cat([piece.raw for piece in self.sink]).rotated(self._phases(ids.sink), self.spec)
             )
-        if memory is not None and reads_memory:
-            assert self.state is not None
-            phases = grid_phases([ids.memory], memory.row_ids, memory.column_ids, self.spec.rope).to(
-                self.device
-            )
-            segments.append(self.policy.read(self.state).rotated(phases, self.spec))
         segments += [piece.rotated for piece in self.local]
         return HistoryView(tuple(segments), self._phases(current), num_frames, self.grid)
 
@@ -148,9 +157,10 @@ class PureHistory:
             local = (*local, new)
         kept, evicted = self._evict(local)
         num_evicted = self.num_evicted + sum(len(piece.frames) for piece in evicted)
-        state = self.state
+        state, before = self.state, None
         if self.policy.memory_grid is not None:
-            state = self._absorb(evicted, entries)
+            before = (self._started(entries), self.num_evicted)
+            state = self._absorb(before[0], evicted)
         return replace(
             self,
             sink=sink,
@@ -158,16 +168,21 @@ class PureHistory:
             next_frame=self.next_frame + num_frames,
             num_evicted=num_evicted,
             state=state,
+            before=before if self.policy.reads_late else None,
         )
 
     def detach(self) -> PureHistory:
         """The same content, cut off from autograd."""
-        state = None if self.state is None else {name: tensor.detach() for name, tensor in self.state.items()}
+
+        def cut(state: PolicyState) -> PolicyState:
+            return {name: tensor.detach() for name, tensor in state.items()}
+
         return replace(
             self,
             sink=tuple(piece.detach() for piece in self.sink),
             local=tuple(piece.detach() for piece in self.local),
-            state=state,
+            state=None if self.state is None else cut(self.state),
+            before=None if self.before is None else (cut(self.before[0]), self.before[1]),
         )
 
     def check_integrity(self) -> None:
@@ -200,16 +215,19 @@ class PureHistory:
                 kept.append(tail)
         return tuple(kept), tuple(evicted)
 
-    def _absorb(self, evicted: tuple[Piece, ...], entries: Entries) -> PolicyState:
-        state = self.state
-        if state is None:
-            example = next(iter(entries.layers[0].values()))
-            state = self.policy.start(entries.num_rows, example.device, example.dtype)
+    def _started(self, entries: Entries) -> PolicyState:
+        """The policy's state, at its start before the first commit."""
+        if self.state is not None:
+            return self.state
+        example = next(iter(entries.layers[0].values()))
+        return self.policy.start(entries.num_rows, example.device, example.dtype)
+
+    def _absorb(self, state: PolicyState, evicted: tuple[Piece, ...]) -> PolicyState:
         if not evicted:
             return state
         frames = tuple(frame for piece in evicted for frame in piece.frames)
         raw = Entries.cat([piece.raw for piece in evicted])
-        return self.policy.absorb(state, Evicted((frames,) * entries.num_rows, raw))
+        return self.policy.absorb(state, Evicted((frames,) * raw.num_rows, raw))
 
     def _phases(self, frame_ids: Sequence[int]) -> Phases:
         return frame_phases([frame_ids], self.grid, self.spec, self.device)

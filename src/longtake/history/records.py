@@ -35,7 +35,9 @@ class SlotRecord:
     Args:
         ring: frame index at each place of the ring, ``EMPTY`` where none was written yet.
         sink: frame index at each sink place. ``sink_ids``: the ids its keys are turned by at the moment.
-        memory_ids: the ids the memory segment is turned by at the moment.
+        memory_ids: the ids the memory segment is turned by at the moment. ``memory_pending``: something was
+            absorbed that no chunk has read yet.
+        num_evicted: frames that have left, of which the memory that chunks read holds ``num_absorbed``.
         ring_writes: frames ever written to the ring; the next goes to ``ring_writes % len(ring)``.
         version: rises whenever something that a view may show is overwritten.
     """
@@ -44,6 +46,8 @@ class SlotRecord:
     sink: list[int] = field(default_factory=list)
     sink_ids: tuple[int, ...] = ()
     memory_ids: tuple[int, ...] = ()
+    memory_pending: bool = False
+    num_absorbed: int = 0
     next_frame: int = 0
     ring_writes: int = 0
     num_evicted: int = 0

@@ -35,7 +35,7 @@ class SlotMemory:
 
     def num_frames(self, record: SlotRecord) -> int:
         """Frame-equivalents that the stream's next chunk reads: none before its first commit."""
-        if self._grid is None or record.next_frame == 0 or not self._policy.readable(record.num_evicted):
+        if self._grid is None or record.next_frame == 0 or not self._policy.readable(record.num_absorbed):
             return 0
         return self._grid.num_frames
 
@@ -73,7 +73,16 @@ class SlotMemory:
                 pieces.append(entries.select(rows).tokens(own[0] * tokens, (own[-1] + 1) * tokens))
             evicted = Evicted(tuple(plans[row].evicted_frames for row in rows), Entries.cat(pieces))
             self._absorb([slots[row] for row in rows], evicted)
-            self._publish([slots[row] for row in rows], [records[row] for row in rows])
+            for row in rows:
+                records[row].memory_pending = True
+        if not self._policy.reads_late:
+            self.publish_pending(slots, records)
+
+    def publish_pending(self, slots: Sequence[int], records: Sequence[SlotRecord]) -> None:
+        """Let chunks read what was absorbed since; views made before are stale then."""
+        changed = [row for row, record in enumerate(records) if record.memory_pending]
+        if changed:
+            self._publish([slots[row] for row in changed], [records[row] for row in changed])
 
     def reset(self, slot: int, record: SlotRecord, places: dict[int, int] | None = None) -> None:
         """Back to the start, as if nothing had been evicted.
@@ -92,7 +101,6 @@ class SlotMemory:
             stored = self._storage.gather([(slot, places[frame]) for frame in local], [local])
             self._absorb([slot], Evicted((local,), stored))
         record.num_evicted = len(local)
-        record.version += 1
         self._publish([slot], [record])
 
     def turn(self, slots: Sequence[int], records: Sequence[SlotRecord], ids: Sequence[SegmentIds]) -> None:
@@ -104,7 +112,7 @@ class SlotMemory:
         ]
         if not moved:
             return
-        self._storage.turn_memories([slot for slot, _, _ in moved], [turned for _, _, turned in moved])
+        self._storage.turn_memories([slot for slot, _, _ in moved], [turned[0] for _, _, turned in moved])
         for _, record, turned in moved:
             record.memory_ids = turned
             record.version += 1
@@ -115,8 +123,11 @@ class SlotMemory:
             self._state[name][slots] = tensor
 
     def _publish(self, slots: list[int], records: Sequence[SlotRecord]) -> None:
-        """Put the memory where chunks read it; it is turned when a view knows its ids."""
+        """Put memories where chunks read them; they are turned when a view knows their ids."""
         memory = self._policy.read({name: tensor[slots] for name, tensor in self._state.items()})
         self._storage.write_memory(slots, memory)
         for record in records:
             record.memory_ids = ()
+            record.memory_pending = False
+            record.num_absorbed = record.num_evicted
+            record.version += 1

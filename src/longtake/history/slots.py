@@ -165,11 +165,14 @@ class SlotHistory:
         self._turn_sinks(slots, ids)
         self._memory.turn(slots, records, ids)
         phases = frame_phases(currents, self.grid, self.spec, self.device)
-        shown = [self._storage.ranges(bool(row.memory), len(row.sink), len(row.local)) for row in ids]
+        shown = [self._storage.ranges(len(row.sink), len(row.local)) for row in ids]
         start = min(first for ranges in shown for first, _ in ranges) if any(shown) else 0
         stop = max(last for ranges in shown for _, last in ranges) if any(shown) else 0
         segments = (self._storage.read(slots, start, stop),) if stop > start else ()
-        mask = self._mask(shown, start, stop, num_frames)
+        see_memory = [bool(row.memory) for row in ids]
+        if any(see_memory):
+            segments = (self._storage.read_memory(slots), *segments)
+        mask = self._mask(see_memory, shown, start, stop, num_frames)
         versions = [record.version for record in records]
         rows = list(zip(slots, versions, strict=True))
 
@@ -179,7 +182,16 @@ class SlotHistory:
                 for slot, version in rows
             )
 
-        return HistoryView(segments, phases, num_frames, self.grid, mask, is_fresh=is_fresh)
+        def later() -> HistoryView:
+            if any(record.next_frame != now.start for record, now in zip(records, currents, strict=True)):
+                raise HistoryError("this view is older than a commit", "ask the history for a new view")
+            self._memory.publish_pending(slots, records)
+            return self.view(slots, num_frames)
+
+        pending = any(record.memory_pending for record in records)
+        return HistoryView(
+            segments, phases, num_frames, self.grid, mask, is_fresh=is_fresh, later=later if pending else None
+        )
 
     @torch.no_grad()
     def reencode_view(
@@ -209,7 +221,7 @@ class SlotHistory:
         segments: tuple[Entries, ...] = ()
         if read_sink and sink:
             self._turn_sinks([slot], [ids])
-            [(start, stop)] = self._storage.ranges(False, len(sink), 0)
+            [(start, stop)] = self._storage.ranges(len(sink), 0)
             segments = (self._storage.read([slot], start, stop),)
         chunk_f = torch.tensor(frames) // self.config.chunk_frames
         own_mask_tt = frame_mask(chunk_f[:, None] >= chunk_f[None], self._storage.frame_tokens)
@@ -355,18 +367,27 @@ class SlotHistory:
             self._of(slot).version += 1
 
     def _mask(
-        self, shown: list[list[tuple[int, int]]], start: int, stop: int, num_frames: int
+        self,
+        see_memory: list[bool],
+        shown: list[list[tuple[int, int]]],
+        start: int,
+        stop: int,
+        num_frames: int,
     ) -> Tensor | None:
-        """True where a row shows the token; None where every row shows all of ``start..stop``."""
-        if all(ranges == [(start, stop)] for ranges in shown) or stop == start:
+        """True where a row shows the token; None where every row shows all memory and all of
+        ``start..stop``.
+        """
+        memory_tokens = self._storage.memory_tokens if any(see_memory) else 0
+        whole = [(start, stop)] if stop > start else []
+        if all(see_memory) == any(see_memory) and all(ranges == whole for ranges in shown):
             return None
-        mask_bk = torch.zeros(
-            len(shown), stop - start + num_frames * self._storage.frame_tokens, dtype=torch.bool
-        )
-        mask_bk[:, stop - start :] = True
+        own_tokens = num_frames * self._storage.frame_tokens
+        mask_bk = torch.zeros(len(shown), memory_tokens + stop - start + own_tokens, dtype=torch.bool)
+        mask_bk[:, memory_tokens + stop - start :] = True
         for row, ranges in enumerate(shown):
+            mask_bk[row, :memory_tokens] = see_memory[row]
             for first, last in ranges:
-                mask_bk[row, first - start : last - start] = True
+                mask_bk[row, memory_tokens + first - start : memory_tokens + last - start] = True
         return mask_bk[:, None, None].to(self.device, non_blocking=True)
 
     def _move(self, slots: Sequence[int], plans: Sequence[CommitPlan]) -> None:

@@ -3,16 +3,16 @@ integers.
 
 Legend: i blocks (frames) written or read.
 
-Each slot's tokens lie as ``[memory | sink | ring]``, sink and ring in blocks of a frame. Rotary parts are
-stored turned: those of frames by their index in the stream, until the sink is turned again. What is turned
-again (sink under relative ids, memory) is also kept as it was committed. Policies, windows and ids are not
-decided here.
+Each slot's frames lie as ``[sink | ring]`` in blocks, a policy's memory in tensors of its own, since some
+layers may not read it. Rotary parts are stored turned: those of frames by their index in the stream, until
+the sink is turned again. What is turned again (sink under relative ids, memory) is also kept as it was
+committed. Policies, windows and ids are not decided here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from longtake.cache.base import Buffers, Entries, Rows
 from longtake.cache.spec import CacheSpec
 from longtake.history.base import MemoryGrid, frame_phases
-from longtake.ops.rope import grid_phases
 
 
 class Write(NamedTuple):
@@ -61,33 +60,37 @@ class SlotStorage:
         self.sink_frames = sink_frames
         self.frame_tokens = grid[0] * grid[1]
         self.memory_tokens = 0 if memory is None else memory.num_tokens
-        self._memory = memory
+        self._memory_grid = memory
         self._sink_tokens = sink_frames * self.frame_tokens
-        capacity = self.memory_tokens + self._sink_tokens + ring_frames * self.frame_tokens
         rotary = spec.rotary_parts
-        self._past = Buffers(spec, num_slots, capacity, device, dtype)
-        self._raw_sink = Buffers(
-            spec, num_slots, self._sink_tokens, device, dtype, rotary if sink_turns else ()
-        )
-        self._raw_memory = Buffers(spec, num_slots, self.memory_tokens, device, dtype, rotary)
+
+        def buffers(tokens: int, names: Sequence[str] | None = None, **kept: Any) -> Buffers:
+            return Buffers(spec, num_slots, tokens, device, dtype, names, **kept)
+
+        self._buffers = {
+            "past": buffers(self._sink_tokens + ring_frames * self.frame_tokens),
+            "sink": buffers(self._sink_tokens, rotary if sink_turns else ()),
+        }
+        if memory is not None:
+            kept: dict[str, Any] = {"layers": memory.layers, "shared": memory.shared}
+            self._buffers["memory"] = buffers(memory.num_tokens, **kept)
+            self._buffers["raw memory"] = buffers(memory.num_tokens, rotary, **kept)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all buffers; constant."""
-        return self._past.num_bytes + self._raw_sink.num_bytes + self._raw_memory.num_bytes
+        return sum(buffers.num_bytes for buffers in self._buffers.values())
 
     def clear(self, slot: int) -> None:
         """Zero one slot."""
-        for buffers in (self._past, self._raw_sink, self._raw_memory):
+        for buffers in self._buffers.values():
             buffers.clear(slot)
 
-    def ranges(self, reads_memory: bool, num_sink: int, num_local: int) -> list[tuple[int, int]]:
-        """Where a stream's tokens lie that has so much; neighbouring ranges are one, empty ones none."""
-        sink_start = self.memory_tokens
-        ring_start = sink_start + self._sink_tokens
+    def ranges(self, num_sink: int, num_local: int) -> list[tuple[int, int]]:
+        """Where a stream's frames lie that has so many; neighbouring ranges are one, empty ones none."""
+        ring_start = self._sink_tokens
         ranges = [
-            (0, self.memory_tokens if reads_memory else 0),
-            (sink_start, sink_start + num_sink * self.frame_tokens),
+            (0, num_sink * self.frame_tokens),
             (ring_start, ring_start + num_local * self.frame_tokens),
         ]
         merged: list[tuple[int, int]] = []
@@ -101,10 +104,12 @@ class SlotStorage:
         return merged
 
     def read(self, slots: Sequence[int], start: int, stop: int) -> Entries:
-        """Tokens as they are read, rotary parts turned; no copy where slots are ascending neighbours."""
-        neighbours = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        rows: Rows = slice(slots[0], slots[0] + len(slots)) if neighbours else slots
-        return self._past.read(rows, start, stop)
+        """Frames as they are read, rotary parts turned; no copy where slots are ascending neighbours."""
+        return self._buffers["past"].read(_rows(slots), start, stop)
+
+    def read_memory(self, slots: Sequence[int]) -> Entries:
+        """Memory segments as they are read, see :meth:`read`."""
+        return self._buffers["memory"].read(_rows(slots), 0, self.memory_tokens)
 
     def write(self, entries: Entries, writes: Sequence[Write], frames: Sequence[Sequence[int]]) -> None:
         """Store frames.
@@ -115,8 +120,10 @@ class SlotStorage:
             frames: for each row of the entries the index in the stream of its frames.
         """
         rotated = entries.rotated(frame_phases(frames, self.grid, self.spec, self.device), self.spec)
-        self._write(self._past, rotated, writes, self.memory_tokens)
-        self._write(self._raw_sink, entries, [write for write in writes if write.block < self.sink_frames], 0)
+        self._write(self._buffers["past"], rotated, writes)
+        self._write(
+            self._buffers["sink"], entries, [write for write in writes if write.block < self.sink_frames]
+        )
 
     def gather(self, where: Sequence[tuple[int, int]], frames: Sequence[Sequence[int]]) -> Entries:
         """Copies of stored frames, un-rotated.
@@ -125,7 +132,7 @@ class SlotStorage:
             where: (slot, block) of each, row by row.
             frames: for each row the index in the stream of its frames, all rows equally many.
         """
-        blocks = self._past.gather_blocks(*self._index(where), self.memory_tokens, self.frame_tokens)
+        blocks = self._buffers["past"].gather_blocks(*self._index(where), 0, self.frame_tokens)
 
         def regrouped(part: Tensor) -> Tensor:
             return part.flatten(0, 1).reshape(len(frames), -1, *part.shape[2:])
@@ -136,44 +143,48 @@ class SlotStorage:
     def turn_sinks(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         """Turn the sink keys of some slots by new ids; places that are still empty hold zeros."""
         padded = [[*turned, *[0] * (self.sink_frames - len(turned))] for turned in ids]
-        raw = self._raw_sink.read(slots, 0, self._sink_tokens)
+        raw = self._buffers["sink"].read(slots, 0, self._sink_tokens)
         rotated = raw.rotated(frame_phases(padded, self.grid, self.spec, self.device), self.spec)
-        where = self._index([(slot, 0) for slot in slots])
-        self._past.write_blocks(rotated, *where, self.memory_tokens, self._sink_tokens)
+        self._buffers["past"].write_blocks(rotated, *self._first(slots), 0, self._sink_tokens)
 
     def write_memory(self, slots: Sequence[int], memory: Entries) -> None:
         """Store memory segments, un-rotated; :meth:`turn_memories` must follow before they are read."""
-        where = self._index([(slot, 0) for slot in slots])
-        self._raw_memory.write_blocks(memory, *where, 0, self.memory_tokens)
-        self._past.write_blocks(memory, *where, 0, self.memory_tokens)
+        for name in ("memory", "raw memory"):
+            self._buffers[name].write_blocks(memory, *self._first(slots), 0, self.memory_tokens)
 
-    def turn_memories(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
-        """Turn the memory keys of some slots by new temporal ids."""
-        assert self._memory is not None
-        raw = self._raw_memory.read(slots, 0, self.memory_tokens)
-        phases = grid_phases(ids, self._memory.row_ids, self._memory.column_ids, self.spec.rope)
-        where = self._index([(slot, 0) for slot in slots])
-        self._past.write_blocks(raw.rotated(phases.to(self.device), self.spec), *where, 0, self.memory_tokens)
+    def turn_memories(self, slots: Sequence[int], first_ids: Sequence[int]) -> None:
+        """Turn the memory keys of some slots, each from its first temporal id on."""
+        assert self._memory_grid is not None
+        raw = self._buffers["raw memory"].read(slots, 0, self.memory_tokens)
+        rotated = raw.rotated(self._memory_grid.phases(first_ids, self.spec.rope).to(self.device), self.spec)
+        self._buffers["memory"].write_blocks(rotated, *self._first(slots), 0, self.memory_tokens)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every buffer by a stable name, slots first."""
-        all_buffers = (("past", self._past), ("sink", self._raw_sink), ("memory", self._raw_memory))
         return {
-            f"{title}.{i}.{name}": part
-            for title, buffers in all_buffers
-            for i, layer in enumerate(buffers.layers)
-            for name, part in layer.items()
+            f"{title}.{name}": part
+            for title, buffers in self._buffers.items()
+            for name, part in buffers.named_tensors().items()
         }
 
-    def _write(self, buffers: Buffers, entries: Entries, writes: Sequence[Write], start: int) -> None:
+    def _first(self, slots: Sequence[int]) -> tuple[Tensor, Tensor]:
+        return self._index([(slot, 0) for slot in slots])
+
+    def _write(self, buffers: Buffers, entries: Entries, writes: Sequence[Write]) -> None:
         if not writes:
             return
         source = self._index([(write.row, write.own) for write in writes])
         where = self._index([(write.slot, write.block) for write in writes])
         tokens = self.frame_tokens
         blocks = entries.map(lambda part: torch.unflatten(part, 1, (-1, tokens))[source[0], source[1]])
-        buffers.write_blocks(blocks, *where, start, tokens)
+        buffers.write_blocks(blocks, *where, 0, tokens)
 
     def _index(self, pairs: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         index_2i = torch.tensor(pairs).T.to(self.device, non_blocking=True)
         return index_2i[0], index_2i[1]
+
+
+def _rows(slots: Sequence[int]) -> Rows:
+    """A slice where slots are ascending neighbours."""
+    neighbours = list(slots) == list(range(slots[0], slots[0] + len(slots)))
+    return slice(slots[0], slots[0] + len(slots)) if neighbours else slots

@@ -131,7 +131,7 @@ class SelfAttention(_Projections):
         k_rthd, v_rthd = self.keys_and_values(x_rtw)
         k_rkhd = view.with_own(layer, "k", view.rotate(k_rthd))
         v_rkhd = view.with_own(layer, "v", v_rthd)
-        out = attention(view.rotate(q_rthd), k_rkhd, v_rkhd, view.mask())
+        out = attention(view.rotate(q_rthd), k_rkhd, v_rkhd, view.mask(layer))
         return self.o(out), {"k": k_rthd, "v": v_rthd}
 
 
