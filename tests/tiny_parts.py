@@ -11,10 +11,13 @@ from torch import Tensor, nn
 
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiT, DiTConfig
+from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
 GRID = (2, 3)
+MEMORY = MemoryEncoderConfig(width=24, num_heads=2, num_frames=2, rows=2, columns=2, num_layers=1)
 
 
 def small_dit(seed: int = 0, **changes: Any) -> DiT:
@@ -98,7 +101,7 @@ def small_pipeline(
     **history: Any,
 ) -> Pipeline:
     """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2, ``opening``
-    gives chunks that open something steps of their own.
+    gives chunks that open something steps of their own. With an evolving policy there is a memory.
     """
     window: dict[str, Any] = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2, **history}
     config = StreamConfig(
@@ -111,7 +114,15 @@ def small_pipeline(
         guidance=guidance,
         negative_prompt="bad",
     )
-    dit = small_dit(seed, mask_text=True, pooled_text=True, prediction="clean", cross_attention_layers=(1,))
+    learned = isinstance(config.history.policy, EvolvingConfig)
+    dit = small_dit(
+        seed,
+        mask_text=True,
+        pooled_text=True,
+        prediction="clean",
+        cross_attention_layers=(1,),
+        memory=MEMORY if learned else None,
+    )
     vae, text = FakeVAE(), FakeText()
     for module in (dit, vae, text):
         module.requires_grad_(False)

@@ -13,8 +13,9 @@ from torch import Tensor
 from longtake.cache.base import Entries
 from longtake.diffusion.sampler import context_pass
 from longtake.errors import ConfigError, HistoryError
-from longtake.history.base import Evicted, HistoryConfig, HistoryView, Policy
+from longtake.history.base import HistoryConfig, HistoryView
 from longtake.history.evolving import EvolvingConfig, EvolvingPolicy
+from longtake.history.policy import Evicted, Policy
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory

@@ -15,7 +15,8 @@ from longtake.cache.base import Buffers, Entries
 from longtake.cache.dense import dense_layout
 from longtake.cache.spec import CacheSpec
 from longtake.errors import ConfigError, HistoryError
-from longtake.history.base import Evicted, HistoryConfig, HistoryView, MemoryGrid, Policy, PolicyState
+from longtake.history.base import HistoryConfig, HistoryView
+from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyState
 from longtake.history.positions import Absolute, Relative, segment_ids
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory

@@ -15,15 +15,16 @@ from hypothesis import strategies as st
 
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
-from longtake.history.positions import Relative
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Absolute, Relative
 from longtake.io.checkpoints import read_safetensors, write_safetensors
 from longtake.stream.bundle import load_model
 from longtake.stream.engine import Engine
-from longtake.stream.pipeline import Pipeline
+from longtake.stream.pipeline import Pipeline, StreamConfig
 from longtake.stream.session import Stream
 from longtake.stream.state import Chunk, PromptSwitch
 from model_file import write_model
-from tiny_parts import small_dit, small_pipeline
+from tiny_parts import MEMORY, small_dit, small_pipeline
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -34,6 +35,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"opening": (1000, 800, 600, 400, 200)},
     {"opening": (1000, 700, 300), "guidance": 1.5, "temperature": 0.5},
     {"temperature": 0.7},
+    {"policy": EvolvingConfig(), "positions": Relative(f_max=10)},
+    {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
 ]
 
 
@@ -318,11 +321,18 @@ def test_misuse_is_told() -> None:
 
 def test_pipelines_refuse_parts_that_do_not_fit() -> None:
     good = small_pipeline()
+
+    def learned(positions: Absolute | Relative) -> StreamConfig:
+        history = good.config.history.replace(policy=EvolvingConfig(), positions=positions)
+        return good.config.replace(history=history)
+
     for dit, config, message in (
         (small_dit(in_channels=4), good.config, "takes 4"),
         (small_dit(patch_size=(2, 1, 1)), good.config, "joins frames"),
         (small_dit(patch_size=(1, 2, 2)), good.config, "do not split"),
         (good.dit, good.config.replace(height=5), "no multiples of 2"),
+        (good.dit, learned(Absolute()), "needs a learned memory"),
+        (small_dit(memory=MEMORY), learned(Relative(f_max=7)), "window 7 . memory 2 = 9 frames do not fit"),
     ):
         with pytest.raises(ConfigError, match=message):
             Pipeline(dit, good.vae, good.text_encoder, config)

@@ -1,43 +1,31 @@
 """Evolving memory: learned queries absorb the frames that leave the window (Echo-Infinity, arXiv 2606.04527).
 
 The encoder's parameters live in `models/memory.py`; this file says what it is fed and when it is read.
-
-Legend: b rows, m memory tokens, k evicted tokens, h heads, d head dim, w width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from longtake.cache.base import Entries
-from longtake.config import Config
 from longtake.errors import ConfigError
-from longtake.history.base import Evicted, MemoryGrid, Policy, PolicyState
+from longtake.history.policy import (
+    Evicted,
+    MemoryGrid,
+    MemoryNetwork,
+    Policy,
+    PolicyConfig,
+    PolicyState,
+    Surroundings,
+)
 
 _STATE = "memory"
 
 
-class MemoryNetwork(Protocol):
-    """What updates and reads a memory state; see `models.memory.MemoryEncoder`."""
-
-    def initial(self, batch: int) -> Tensor:
-        """The state of streams that have evicted nothing, ``[b, m, w]``."""
-        ...
-
-    def __call__(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
-        """The state after evicted entries of the source layer."""
-        ...
-
-    def read(self, state_bmw: Tensor) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys and values ``[b, m, h, d]`` for every layer."""
-        ...
-
-
-class EvolvingConfig(Config):
+class EvolvingConfig(PolicyConfig):
     """How a memory is used.
 
     Args:
@@ -53,11 +41,24 @@ class EvolvingConfig(Config):
             eviction, as in the released code.
     """
 
+    kind: Literal["evolving"] = "evolving"
     mode: Literal["update", "prior", "off"] = "update"
     source_layer: int = -1
     read_layers: Literal["all"] | tuple[int, ...] = "all"
     read_initially: bool = True
     timing: Literal["chunk", "second_pass"] = "chunk"
+
+    def make(self, surroundings: Surroundings) -> EvolvingPolicy:
+        """See the base class; the memory's rows and columns stand evenly spread over the video's grid."""
+        if surroundings.memory is None:
+            raise ConfigError(
+                'the policy "evolving" needs a learned memory, which this model does not have',
+                'use a model that was trained with one, or the policy "window"',
+            )
+        num_frames, rows, columns = surroundings.memory.grid
+        height, width = surroundings.grid
+        grid = (num_frames, _spread(rows, height), _spread(columns, width))
+        return EvolvingPolicy(surroundings.memory, grid, surroundings.num_layers, self)
 
 
 class EvolvingPolicy(Policy):
@@ -130,3 +131,8 @@ class EvolvingPolicy(Policy):
         read = {"k": keys, "v": values}
         assert self._grid.layers is not None
         return Entries(tuple(read if i in self._grid.layers else {} for i in range(self._num_layers)))
+
+
+def _spread(count: int, size: int) -> list[float]:
+    """Ids of memory rows in the middle of equal shares of the video's rows; the same where as many."""
+    return [(i + 0.5) * size / count - 0.5 for i in range(count)]

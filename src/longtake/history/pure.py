@@ -14,15 +14,8 @@ import torch
 from longtake.cache.base import Entries
 from longtake.cache.spec import CacheSpec
 from longtake.errors import HistoryError
-from longtake.history.base import (
-    Evicted,
-    HistoryConfig,
-    HistoryView,
-    Policy,
-    PolicyState,
-    check_ids_fit,
-    frame_phases,
-)
+from longtake.history.base import HistoryConfig, HistoryView, check_ids_fit, frame_phases
+from longtake.history.policy import Evicted, Policy, PolicyState
 from longtake.history.positions import aligned_to_frames, segment_ids
 from longtake.history.window import WindowPolicy
 from longtake.ops.rope import Phases
@@ -57,7 +50,7 @@ class PureHistory:
         config: window, sink, chunk, positions.
         spec: the layout, from ``dit.cache_spec()``.
         grid: tokens per frame as (rows, columns), from ``dit.token_grid(height, width)``.
-        policy: what becomes of evicted frames.
+        policy: what becomes of evicted frames; see `DiT.policy` for the config's.
         device: where views are made for.
         sink, local, next_frame, num_evicted, state: the content; leave at their defaults for an empty
             history.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import Entries
-from longtake.history.base import Evicted, Policy, PolicyState
+from longtake.history.policy import Evicted, Policy, PolicyState
 from longtake.history.positions import SegmentIds
 from longtake.history.records import CommitPlan, SlotRecord
 from longtake.history.storage import SlotStorage

@@ -22,16 +22,15 @@ from longtake.errors import HistoryError
 from longtake.history.base import (
     HistoryConfig,
     HistoryView,
-    Policy,
     check_ids_fit,
     frame_mask,
     frame_phases,
 )
+from longtake.history.policy import Policy, Surroundings
 from longtake.history.positions import Relative, SegmentIds, aligned_to_frames, segment_ids
 from longtake.history.records import EMPTY, CommitPlan, SlotRecord
 from longtake.history.slot_memory import SlotMemory
 from longtake.history.storage import SlotStorage, Write
-from longtake.history.window import WindowPolicy
 
 
 class SlotHistory:
@@ -43,12 +42,12 @@ class SlotHistory:
         grid: tokens per frame as (rows, columns).
         num_slots: streams held at most.
         max_frames: required where the window is unlimited: frames a stream may have in all.
-        policy: what becomes of evicted frames.
+        policy: what becomes of evicted frames; None makes the config's, which then must not be learned.
         device, dtype: of the buffers.
 
     Raises:
         HistoryError: an unlimited window without ``max_frames``.
-        ConfigError: the policy's memory does not fit the ids.
+        ConfigError: a policy that does not fit the network, or whose memory does not fit the ids.
     """
 
     def __init__(
@@ -66,7 +65,9 @@ class SlotHistory:
         self.config, self.spec, self.grid = config, spec, grid
         self.num_slots = num_slots
         self.max_frames = max_frames
-        self.policy: Policy = WindowPolicy() if policy is None else policy
+        if policy is None:
+            policy = config.policy.make(Surroundings(spec.num_layers, grid))
+        self.policy = policy
         self.device, self.dtype = torch.device(device), dtype
         memory = self.policy.memory_grid
         check_ids_fit(config, 0 if memory is None else memory.num_frames)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from longtake.cache.base import Buffers, Entries, Rows
 from longtake.cache.spec import CacheSpec
-from longtake.history.base import MemoryGrid, frame_phases
+from longtake.history.base import frame_phases
+from longtake.history.policy import MemoryGrid
 
 
 class Write(NamedTuple):

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 
 from longtake.cache.base import Entries
-from longtake.history.base import Evicted, MemoryGrid, Policy, PolicyState
+from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyConfig, PolicyState, Surroundings
+
+
+class WindowConfig(PolicyConfig):
+    """No settings."""
+
+    kind: Literal["window"] = "window"
+
+    def make(self, surroundings: Surroundings) -> WindowPolicy:
+        """Always."""
+        return WindowPolicy()
 
 
 class WindowPolicy(Policy):

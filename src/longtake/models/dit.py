@@ -26,6 +26,7 @@ from longtake.cache.spec import CacheSpec
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryView
+from longtake.history.policy import Policy, PolicyConfig, Surroundings
 from longtake.models.layers import (
     Block,
     FrameEmbedding,
@@ -34,6 +35,7 @@ from longtake.models.layers import (
     SpatialEmbedding,
     TimeFrequencies,
 )
+from longtake.models.memory import MemoryEncoder, MemoryEncoderConfig
 
 TIMESTEPS = 1000.0
 """Timestep of pure noise: sigma = timestep / 1000."""
@@ -62,6 +64,7 @@ class DiTConfig(Config):
         prediction: what the head predicts, the flow or the clean latent. The forward pass returns the flow
             anyway.
         clean_sigma_min: with "clean", the smallest sigma that ``flow = (x - x0) / sigma`` divides by.
+        memory: sizes of a learned memory of what left the window, or None.
     """
 
     width: int = Field(gt=0)
@@ -83,6 +86,7 @@ class DiTConfig(Config):
     frame_embedding: int | None = Field(default=None, ge=1)
     prediction: Literal["flow", "clean"] = "flow"
     clean_sigma_min: float = Field(default=1e-3, gt=0)
+    memory: MemoryEncoderConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> DiTConfig:
@@ -101,6 +105,15 @@ class DiTConfig(Config):
                 )
         if min(self.patch_size) < 1:
             raise ConfigError(f"patch_size={self.patch_size} holds a number below 1", "use 1 or more")
+        if self.memory is not None and (self.memory.width, self.memory.num_heads) != (
+            self.width,
+            self.num_heads,
+        ):
+            raise ConfigError(
+                f"a memory of width {self.memory.width} and {self.memory.num_heads} heads does not fit a DiT "
+                f"of width {self.width} and {self.num_heads} heads",
+                "give both the same",
+            )
         return self
 
     @property
@@ -224,6 +237,19 @@ class DiT(nn.Module):
         )
         self.head = Head(width, pt * ph * pw * config.out_channels, eps)
         self._initialise()
+        self.memory = MemoryEncoder(config.memory) if config.memory is not None else None
+
+    def policy(self, config: PolicyConfig, grid: tuple[int, int]) -> Policy:
+        """What becomes of frames that leave the window, for a history of this network.
+
+        Args:
+            config: its settings, a history config's ``policy``.
+            grid: tokens per frame as (rows, columns).
+
+        Raises:
+            ConfigError: settings that do not fit this network.
+        """
+        return config.make(Surroundings(self.config.num_layers, grid, self.memory))
 
     def cache_spec(self) -> CacheSpec:
         """The layout of this network's entries."""

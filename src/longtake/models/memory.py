@@ -108,6 +108,11 @@ class MemoryEncoder(nn.Module):
         self.to_v = nn.Linear(width, width)
         self.norm_k_out = RMSNorm(width, config.eps) if config.normalize_keys else nn.Identity()
 
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Frame-equivalents, rows and columns of the memory tokens."""
+        return self.config.num_frames, self.config.rows, self.config.columns
+
     def initial(self, batch: int) -> Tensor:
         """The state ``[b, m, w]`` of streams that have evicted nothing; gradients reach `query_init`."""
         return self.query_init.expand(batch, -1, -1).clone()

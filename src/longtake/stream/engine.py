@@ -37,12 +37,14 @@ class Engine:
         config, dit = pipeline.config, pipeline.dit
         self.guided = config.guidance is not None
         shape = pipeline.latent_shape
+        grid = dit.token_grid(shape[2], shape[3])
         self.history = SlotHistory(
             config.history,
             dit.cache_spec(),
-            dit.token_grid(shape[2], shape[3]),
+            grid,
             num_streams * (2 if self.guided else 1),
             max_frames=max_frames,
+            policy=dit.policy(config.history.policy, grid),
             device=pipeline.device,
             dtype=dit.patch_embedding.weight.dtype,
         )

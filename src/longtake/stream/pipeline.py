@@ -13,7 +13,7 @@ from pydantic import Field
 from longtake.config import Config
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
-from longtake.history.base import HistoryConfig
+from longtake.history.base import HistoryConfig, check_ids_fit
 from longtake.io.checkpoints import weights_digest
 from longtake.models.dit import DiT, TextContext
 from longtake.models.protocols import TextEncoder, VideoVAE, Weighted
@@ -77,7 +77,9 @@ class Pipeline:
             )
         if dit.patch_size[0] != 1:
             raise ConfigError(f"patch_size={dit.patch_size} joins frames", "a stream needs 1 frame a patch")
-        self.dit.token_grid(*self.latent_shape[2:])
+        grid = self.dit.token_grid(*self.latent_shape[2:])
+        memory = self.dit.policy(self.config.history.policy, grid).memory_grid
+        check_ids_fit(self.config.history, 0 if memory is None else memory.num_frames)
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:

@@ -35,6 +35,8 @@ class Record(Config):
     sink: tuple[int, ...]
     sink_ids: tuple[int, ...]
     memory_ids: tuple[int, ...]
+    memory_pending: bool = False
+    num_absorbed: int = 0
     next_frame: int
     ring_writes: int
     num_evicted: int

@@ -286,7 +286,7 @@ class DMDTask:
             for index in range(exit_step + 1):
                 sigma = torch.full((script.num_clips,), self._sigmas[index], device=self._device)
                 with torch.set_grad_enabled(learn and index == exit_step):
-                    clean = walk.predict(noisy, sigma)
+                    clean = walk.predict(noisy, sigma, first_pass=index == 0)
                 if index < exit_step:
                     following = torch.full_like(sigma, self._sigmas[index + 1])
                     noisy = at_sigma(clean, scale * self._noise(shape, generator), following)
@@ -315,9 +315,10 @@ class DMDTask:
         chunks = []
         for _ in range(self.config.num_chunks):
             clean = torch.zeros(shape, device=self._device)
-            for value in self._sigmas:
+            for index, value in enumerate(self._sigmas):
                 sigma = torch.full((len(captions),), value, device=self._device)
-                clean = walk.predict(at_sigma(clean, self._noise(shape, generator), sigma), sigma)
+                noisy = at_sigma(clean, self._noise(shape, generator), sigma)
+                clean = walk.predict(noisy, sigma, first_pass=index == 0)
             walk.commit(clean)
             chunks.append(clean)
         critic, teacher = self._score_walk(captions), self._guided_teacher(captions)

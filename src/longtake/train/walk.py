@@ -51,19 +51,29 @@ class Walk:
         self._text = text
         self._num_clips = num_clips
         self._recompute = recompute
+        grid = dit.token_grid(height, width)
         self._history = PureHistory(
             history,
             dit.cache_spec(),
-            grid=dit.token_grid(height, width),
+            grid=grid,
+            policy=dit.policy(history.policy, grid),
             device=dit.patch_embedding.weight.device,
         )
 
-    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor, observe: Observe | None = None) -> Tensor:
+    def predict(
+        self,
+        noisy_rfchw: Tensor,
+        sigma_r: Tensor,
+        observe: Observe | None = None,
+        *,
+        first_pass: bool = False,
+    ) -> Tensor:
         """The clean latents of noisy copies of the next chunk, [r,f,c,h,w]; the history stays as it is.
 
-        `observe` is called with each layer's index and the tokens [r,t,w] that leave it.
+        `observe` is called with each layer's index and the tokens [r,t,w] that leave it. `first_pass` reads
+        what serving reads in the first pass of a chunk, where that differs.
         """
-        return self._forward(noisy_rfchw, sigma_r, None, observe)
+        return self._forward(noisy_rfchw, sigma_r, None, observe, first_pass=first_pass)
 
     def advance(
         self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor, observe: Observe | None = None
@@ -87,6 +97,8 @@ class Walk:
         sigma_r: Tensor,
         context_bfchw: Tensor | None,
         observe: Observe | None = None,
+        *,
+        first_pass: bool = False,
     ) -> Tensor:
         num_rows, num_frames = len(noisy_rfchw), noisy_rfchw.shape[1]
         inputs, times = noisy_rfchw, NUM_TRAIN_STEPS * sigma_r
@@ -95,7 +107,8 @@ class Walk:
             times = torch.cat([times, times.new_zeros(self._num_clips)])
         copies, rest = divmod(len(inputs), self._num_clips)
         assert rest == 0, "rows must be whole copies of the clips"
-        view = self._history.view(num_frames=num_frames).repeat(copies)
+        view = self._history.view(num_frames=num_frames)
+        view = (view if first_pass else view.after_first_pass()).repeat(copies)
         flow, entries = self._dit(
             inputs,
             times[:, None].expand(-1, num_frames),

@@ -1,0 +1,12 @@
+"""All policies, by the ``kind`` of their settings."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.window import WindowConfig
+
+AnyPolicy = Annotated[WindowConfig | EvolvingConfig, Field(discriminator="kind")]
