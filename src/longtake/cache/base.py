@@ -45,6 +45,10 @@ class Entries:
                 }
         return Entries(tuple(made[id(layer)] for layer in self.layers))
 
+    def without(self, name: str) -> Entries:
+        """Entries that lack one part."""
+        return Entries(tuple({n: part for n, part in layer.items() if n != name} for layer in self.layers))
+
     def select(self, rows: Rows) -> Entries:
         """Entries of some rows of the batch."""
         return self.map(lambda part: take_rows(part, rows))

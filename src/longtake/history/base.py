@@ -85,6 +85,10 @@ def check_ids_fit(config: HistoryConfig, num_memory: int) -> None:
         )
 
 
+QUERIES = "q"
+"""The part of a chunk's entries that no history keeps but some policies ask for."""
+
+
 @dataclass(frozen=True)
 class HistoryView:
     """Everything a chunk may read: past entries, positions of its own tokens, masks where needed. Never
@@ -100,6 +104,7 @@ class HistoryView:
         copies: forward rows per base row; row ``copy * b + i`` reads what base row ``i`` reads.
         is_fresh: False once a commit has overwritten what this view shows.
         later: makes the view of a chunk's passes after its first one; None where they read the same.
+        wants_queries: entries shall have the tokens' un-rotated queries too, as part `QUERIES`.
     """
 
     segments: tuple[Entries, ...]
@@ -110,6 +115,7 @@ class HistoryView:
     copies: int = 1
     is_fresh: Callable[[], bool] | None = None
     later: Callable[[], HistoryView] | None = None
+    wants_queries: bool = False
 
     def check_fresh(self) -> None:
         """Raise HistoryError where a commit has overwritten this view (host integers only, no sync)."""
@@ -176,6 +182,13 @@ class HistoryView:
         if self.copies == 1 or mask_b1tk.shape[0] == 1:
             return mask_b1tk
         return mask_b1tk.expand(self.copies, *mask_b1tk.shape).flatten(0, 1)
+
+
+def split_queries(entries: Entries) -> tuple[Entries, tuple[Tensor, ...] | None]:
+    """What a history keeps of a committed chunk's entries, and the queries where there are any."""
+    if QUERIES not in entries.layers[0]:
+        return entries, None
+    return entries.without(QUERIES), tuple(layer[QUERIES] for layer in entries.layers)
 
 
 def frame_mask(mask_ff: Tensor, tokens_per_frame: int) -> Tensor:

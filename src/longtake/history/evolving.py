@@ -20,6 +20,7 @@ from longtake.history.policy import (
     PolicyConfig,
     PolicyState,
     Surroundings,
+    spread,
 )
 
 _STATE = "memory"
@@ -57,8 +58,8 @@ class EvolvingConfig(PolicyConfig):
             )
         num_frames, rows, columns = surroundings.memory.grid
         height, width = surroundings.grid
-        grid = (num_frames, _spread(rows, height), _spread(columns, width))
-        return EvolvingPolicy(surroundings.memory, grid, surroundings.num_layers, self)
+        grid = (num_frames, spread(rows, height), spread(columns, width))
+        return EvolvingPolicy(surroundings.memory, grid, surroundings.spec.num_layers, self)
 
 
 class EvolvingPolicy(Policy):
@@ -131,8 +132,3 @@ class EvolvingPolicy(Policy):
         read = {"k": keys, "v": values}
         assert self._grid.layers is not None
         return Entries(tuple(read if i in self._grid.layers else {} for i in range(self._num_layers)))
-
-
-def _spread(count: int, size: int) -> list[float]:
-    """Ids of memory rows in the middle of equal shares of the video's rows; the same where as many."""
-    return [(i + 0.5) * size / count - 0.5 for i in range(count)]

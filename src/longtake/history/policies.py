@@ -6,7 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from longtake.history.compression import AverageConfig, PooledConfig
 from longtake.history.evolving import EvolvingConfig
+from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.history.window import WindowConfig
 
-AnyPolicy = Annotated[WindowConfig | EvolvingConfig, Field(discriminator="kind")]
+AnyPolicy = Annotated[
+    WindowConfig | EvolvingConfig | KeyFramesConfig | MostAttendedConfig | AverageConfig | PooledConfig,
+    Field(discriminator="kind"),
+]

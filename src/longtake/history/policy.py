@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from longtake.cache.base import Entries
+from longtake.cache.spec import CacheSpec
 from longtake.config import Config
 from longtake.ops.rope import Phases, RopeSpec, token_phases
 
@@ -34,10 +35,13 @@ class Evicted:
     Args:
         frames: for each row of the batch the indices of its frames in the stream.
         entries: their entries ``[b, frames * tokens per frame, ...]``, keys un-rotated.
+        queries: of the chunk whose commit evicts them, from its context pass, un-rotated ``[b, tokens, heads,
+            head dim]`` for every layer; None where the policy does not need them.
     """
 
     frames: tuple[tuple[int, ...], ...]
     entries: Entries
+    queries: tuple[Tensor, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,11 @@ class Policy(ABC):
         """
         return False
 
+    @property
+    def needs_queries(self) -> bool:
+        """Whether :meth:`absorb` is to get the newest chunk's queries."""
+        return False
+
     @abstractmethod
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """The state of streams that have evicted nothing yet."""
@@ -148,12 +157,12 @@ class Surroundings:
     """What a policy is made for.
 
     Args:
-        num_layers: of the DiT.
+        spec: the layout of entries.
         grid: tokens per frame as (rows, columns).
         memory: the DiT's learned memory, or None.
     """
 
-    num_layers: int
+    spec: CacheSpec
     grid: tuple[int, int]
     memory: MemoryNetwork | None = None
 
@@ -168,3 +177,8 @@ class PolicyConfig(Config, ABC):
         Raises:
             ConfigError: settings that do not fit the surroundings.
         """
+
+
+def spread(count: int, size: int) -> list[float]:
+    """Ids in the middle of equal shares of the ids ``0..size - 1``; these themselves where as many."""
+    return [(i + 0.5) * size / count - 0.5 for i in range(count)]

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from longtake.cache.base import Entries
 from longtake.cache.spec import CacheSpec
 from longtake.errors import HistoryError
-from longtake.history.base import HistoryConfig, HistoryView, check_ids_fit, frame_phases
+from longtake.history.base import HistoryConfig, HistoryView, check_ids_fit, frame_phases, split_queries
 from longtake.history.policy import Evicted, Policy, PolicyState
 from longtake.history.positions import aligned_to_frames, segment_ids
 from longtake.history.window import WindowPolicy
@@ -130,10 +131,17 @@ class PureHistory:
                 Entries.cat([piece.raw for piece in self.sink]).rotated(self._phases(ids.sink), self.spec)
             )
         segments += [piece.rotated for piece in self.local]
-        return HistoryView(tuple(segments), self._phases(current), num_frames, self.grid)
+        return HistoryView(
+            tuple(segments),
+            self._phases(current),
+            num_frames,
+            self.grid,
+            wants_queries=self.policy.needs_queries,
+        )
 
     def commit(self, entries: Entries) -> PureHistory:
         """The history after a finished chunk, whose entries come from its context pass."""
+        entries, queries = split_queries(entries)
         num_frames, rest_tokens = divmod(entries.num_tokens, self.grid[0] * self.grid[1])
         assert rest_tokens == 0, "entries must be whole frames of this grid"
         assert num_frames > 0, "entries hold no frame"
@@ -153,7 +161,7 @@ class PureHistory:
         state, before = self.state, None
         if self.policy.memory_grid is not None:
             before = (self._started(entries), self.num_evicted)
-            state = self._absorb(before[0], evicted)
+            state = self._absorb(before[0], evicted, queries)
         return replace(
             self,
             sink=sink,
@@ -215,12 +223,14 @@ class PureHistory:
         example = next(iter(entries.layers[0].values()))
         return self.policy.start(entries.num_rows, example.device, example.dtype)
 
-    def _absorb(self, state: PolicyState, evicted: tuple[Piece, ...]) -> PolicyState:
+    def _absorb(
+        self, state: PolicyState, evicted: tuple[Piece, ...], queries: tuple[Tensor, ...] | None
+    ) -> PolicyState:
         if not evicted:
             return state
         frames = tuple(frame for piece in evicted for frame in piece.frames)
         raw = Entries.cat([piece.raw for piece in evicted])
-        return self.policy.absorb(state, Evicted((frames,) * raw.num_rows, raw))
+        return self.policy.absorb(state, Evicted((frames,) * raw.num_rows, raw, queries))
 
     def _phases(self, frame_ids: Sequence[int]) -> Phases:
         return frame_phases([frame_ids], self.grid, self.spec, self.device)

@@ -46,6 +46,7 @@ class SlotMemory:
     def evict(
         self,
         entries: Entries,
+        queries: tuple[Tensor, ...] | None,
         slots: Sequence[int],
         plans: Sequence[CommitPlan],
         records: Sequence[SlotRecord],
@@ -54,6 +55,7 @@ class SlotMemory:
 
         Args:
             entries: of the committed chunk, for frames that leave without ever having been stored.
+            queries: of the committed chunk, see `Evicted`.
             slots, plans, records: one of each per row of the entries.
         """
         if self._grid is None:
@@ -71,7 +73,11 @@ class SlotMemory:
             if own:
                 tokens = self._storage.frame_tokens
                 pieces.append(entries.select(rows).tokens(own[0] * tokens, (own[-1] + 1) * tokens))
-            evicted = Evicted(tuple(plans[row].evicted_frames for row in rows), Entries.cat(pieces))
+            evicted = Evicted(
+                tuple(plans[row].evicted_frames for row in rows),
+                Entries.cat(pieces),
+                None if queries is None else tuple(layer[rows] for layer in queries),
+            )
             self._absorb([slots[row] for row in rows], evicted)
             for row in rows:
                 records[row].memory_pending = True

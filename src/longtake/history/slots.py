@@ -25,6 +25,7 @@ from longtake.history.base import (
     check_ids_fit,
     frame_mask,
     frame_phases,
+    split_queries,
 )
 from longtake.history.policy import Policy, Surroundings
 from longtake.history.positions import Relative, SegmentIds, aligned_to_frames, segment_ids
@@ -66,7 +67,7 @@ class SlotHistory:
         self.num_slots = num_slots
         self.max_frames = max_frames
         if policy is None:
-            policy = config.policy.make(Surroundings(spec.num_layers, grid))
+            policy = config.policy.make(Surroundings(spec, grid))
         self.policy = policy
         self.device, self.dtype = torch.device(device), dtype
         memory = self.policy.memory_grid
@@ -191,7 +192,14 @@ class SlotHistory:
 
         pending = any(record.memory_pending for record in records)
         return HistoryView(
-            segments, phases, num_frames, self.grid, mask, is_fresh=is_fresh, later=later if pending else None
+            segments,
+            phases,
+            num_frames,
+            self.grid,
+            mask,
+            is_fresh=is_fresh,
+            later=later if pending else None,
+            wants_queries=self.policy.needs_queries,
         )
 
     @torch.no_grad()
@@ -247,6 +255,7 @@ class SlotHistory:
         Raises:
             HistoryError: a free slot, or an unlimited stream past ``max_frames``; then nothing has changed.
         """
+        entries, queries = split_queries(entries)
         num_frames, rest = divmod(entries.num_tokens, self._storage.frame_tokens)
         assert rest == 0, "entries must be whole frames of this grid"
         assert num_frames > 0, "entries hold no frame"
@@ -256,7 +265,7 @@ class SlotHistory:
             self._check_capacity(record, num_frames)
         frames = [range(record.next_frame, record.next_frame + num_frames) for record in records]
         plans = [record.append(num_frames, self.config.sink_frames) for record in records]
-        self._memory.evict(entries, slots, plans, records)
+        self._memory.evict(entries, queries, slots, plans, records)
         self._move(slots, plans)
         writes = [
             Write(row, own, slot, block)

@@ -249,7 +249,7 @@ class DiT(nn.Module):
         Raises:
             ConfigError: settings that do not fit this network.
         """
-        return config.make(Surroundings(self.config.num_layers, grid, self.memory))
+        return config.make(Surroundings(self.cache_spec(), grid, self.memory))
 
     def cache_spec(self) -> CacheSpec:
         """The layout of this network's entries."""

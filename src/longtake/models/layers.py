@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from longtake.history.base import HistoryView
+from longtake.history.base import QUERIES, HistoryView
 from longtake.ops.attention import attention
 
 TIME_SCALE = 10_000.0
@@ -132,7 +132,8 @@ class SelfAttention(_Projections):
         k_rkhd = view.with_own(layer, "k", view.rotate(k_rthd))
         v_rkhd = view.with_own(layer, "v", v_rthd)
         out = attention(view.rotate(q_rthd), k_rkhd, v_rkhd, view.mask(layer))
-        return self.o(out), {"k": k_rthd, "v": v_rthd}
+        entries = {"k": k_rthd, "v": v_rthd}
+        return self.o(out), entries | {QUERIES: q_rthd} if view.wants_queries else entries
 
 
 class CrossAttention(_Projections):

@@ -1,0 +1,139 @@
+"""What retaining and compressing policies share: a memory that holds entries of every layer.
+
+It is read from the first eviction on, as if the first frame that left had been there for ever: places that
+nothing else has taken yet hold copies of it.
+
+Legend: b rows, f evicted frames, n tokens per frame, m memory tokens, q query tokens; ``...`` is a part's
+shape per token.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.cache.base import Entries
+from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyState, Surroundings
+
+_COUNT = "count"
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """Frames that leave, as one layer keeps them.
+
+    Args:
+        parts: by name ``[b, f, n, ...]``, oldest frame first.
+        frames: for each row their indices in the stream.
+        count_b: frames that the stream had evicted before.
+        queries_bqhd: of the newest chunk, see `Evicted`; None where the policy does not need them.
+    """
+
+    parts: dict[str, Tensor]
+    frames: tuple[tuple[int, ...], ...]
+    count_b: Tensor
+    queries_bqhd: Tensor | None
+
+
+class KeptEntries(Policy):
+    """Entries of evicted frames, chosen or averaged by subclasses.
+
+    Args:
+        surroundings: layout and token grid.
+        grid: where the memory tokens stand.
+    """
+
+    def __init__(self, surroundings: Surroundings, grid: MemoryGrid) -> None:
+        self._spec = surroundings.spec
+        self._frame_tokens = surroundings.grid[0] * surroundings.grid[1]
+        self._grid = grid
+
+    @property
+    def memory_grid(self) -> MemoryGrid:
+        """Every layer has entries of its own."""
+        return self._grid
+
+    def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
+        """Zeros, which are never read."""
+        shapes = {name: (*self.state_shape(), *part.shape) for name, part in self._spec.parts}
+        kept = {
+            f"{layer}.{name}": torch.zeros(batch, *shape, device=device, dtype=dtype)
+            for layer in range(self._spec.num_layers)
+            for name, shape in (shapes | self.extra_shapes()).items()
+        }
+        return kept | {_COUNT: torch.zeros(batch, dtype=torch.int64, device=device)}
+
+    def readable(self, num_evicted: int) -> bool:
+        """Once something has left."""
+        return num_evicted > 0
+
+    def absorb(self, state: PolicyState, evicted: Evicted) -> PolicyState:
+        """Layer by layer."""
+        count_b = state[_COUNT]
+        new: PolicyState = {_COUNT: count_b + len(evicted.frames[0])}
+        for i, layer in enumerate(evicted.entries.layers):
+            parts = {
+                name: torch.unflatten(layer[name], 1, (-1, self._frame_tokens))
+                for name, _ in self._spec.parts
+            }
+            kept = {name: state[f"{i}.{name}"] for name in (*parts, *self.extra_shapes())}
+            for name, part in parts.items():
+                started = (count_b > 0).view(-1, *(1,) * (kept[name].dim() - 1))
+                kept[name] = torch.where(started, kept[name], self.filled(part[:, 0]))
+            queries_bqhd = None if evicted.queries is None else evicted.queries[i]
+            changed = self.keep(kept, Leaving(parts, evicted.frames, count_b, queries_bqhd))
+            new |= {f"{i}.{name}": part for name, part in changed.items()}
+        return new
+
+    def read(self, state: PolicyState) -> Entries:
+        """What was kept."""
+        return Entries(
+            tuple(
+                {name: self.shown(state[f"{layer}.{name}"]) for name, _ in self._spec.parts}
+                for layer in range(self._spec.num_layers)
+            )
+        )
+
+    def extra_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes per row of what a layer keeps beside its parts, which starts as zeros."""
+        return {}
+
+    @abstractmethod
+    def state_shape(self) -> tuple[int, ...]:
+        """Shape of what is kept of a part, without the batch and the part's own shape."""
+
+    @abstractmethod
+    def filled(self, frame_bn: Tensor) -> Tensor:
+        """What would be kept of a stream that had always been this frame ``[b, n, ...]``."""
+
+    @abstractmethod
+    def keep(self, kept: dict[str, Tensor], leaving: Leaving) -> dict[str, Tensor]:
+        """One layer's parts, ``[b, *state_shape, ...]``, and extras after some frames."""
+
+    @abstractmethod
+    def shown(self, kept_b: Tensor) -> Tensor:
+        """The memory tokens ``[b, m, ...]`` of what is kept of a part."""
+
+
+class KeptFrames(KeptEntries):
+    """Of every place on the token grid as many entries as the memory has frames."""
+
+    def __init__(self, surroundings: Surroundings, num_frames: int) -> None:
+        rows, columns = (range(size) for size in surroundings.grid)
+        super().__init__(surroundings, MemoryGrid.regular(num_frames, rows, columns))
+        self._num_frames = num_frames
+
+    def state_shape(self) -> tuple[int, ...]:
+        """Frames, tokens."""
+        return self._num_frames, self._frame_tokens
+
+    def filled(self, frame_bn: Tensor) -> Tensor:
+        """The frame in every place."""
+        return frame_bn.unsqueeze(1).expand(-1, self._num_frames, *frame_bn.shape[1:])
+
+    def shown(self, kept_b: Tensor) -> Tensor:
+        """Frame by frame."""
+        return kept_b.flatten(1, 2)
