@@ -28,6 +28,7 @@ from longtake.train.guide import guide_of
 from longtake.train.loop import autocast_dtype
 from longtake.world import VERSION, Scene, render, render_masks, sample_scene
 from longtake.world.captions import Split
+from longtake.world.motion import Camera
 
 _CLIPS_PER_BATCH = 8
 _NUM_FRESH_SEEDS = 1 << 30
@@ -200,7 +201,7 @@ def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Ex
     if later:
         return _at_switch(config, scene, stride, rng)
     whole: Prompts = ((0, first.caption),)
-    if not first.camera.panning:
+    if not isinstance(first.camera, Camera) or not first.camera.panning:
         return Excerpt(scene, int(rng.integers(config.max_start_frame)), whole, True)
     if config.num_latent_frames <= config.chunk_frames or rng.random() < 0.5:
         return Excerpt(scene, 0, whole, True)

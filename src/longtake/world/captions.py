@@ -1,6 +1,7 @@
 """The caption grammar: from attributes to varied wordings, and back.
 
-    caption    = template filled with one phrase per object and one for the background [", the camera pans"]
+    caption    = template filled with one phrase per object and one for the background [camera]
+    camera     = ", the camera pans" [" to the side" | " back"]
     object     = ["small" | "large"] colour shape
     objects    = object verb { "and" "a" object verb }
     verb       = a participle ("bouncing", "that bounces around") or a finite form ("bounces")
@@ -64,6 +65,11 @@ ATTRIBUTIVE: Final[dict[Background, tuple[str, ...]]] = {
     "hills": ("hills", "green hills"),
 }
 PAN_PHRASE: Final = ", the camera pans"
+"""The view glides to and fro for ever."""
+AWAY_PHRASE: Final = ", the camera pans to the side"
+"""The view glides one view to the right and stays there."""
+BACK_PHRASE: Final = ", the camera pans back"
+"""The view glides back from there."""
 
 # a_ing, a_s, a_is: "a red circle bouncing", "a red circle bounces", "a red circle is bouncing";
 # bare_comma: "red circle, bouncing"; place, attributive: the background's phrases.
@@ -157,7 +163,8 @@ def write_caption(
 
 
 def _all_words() -> tuple[str, ...]:
-    phrases: list[str] = [*COLOURS, *SHAPES, "small large", "a is and", PAN_PHRASE]
+    phrases: list[str] = [*COLOURS, *SHAPES, "small large", "a is and"]
+    phrases += [PAN_PHRASE, AWAY_PHRASE, BACK_PHRASE]
     phrases += [re.sub(r"\{[^}]*\}", " ", template) for template in templates("any")]
     for table in (PARTICIPLES, FINITE, PLACES, ATTRIBUTIVE):
         phrases += [phrase for forms in table.values() for phrase in forms]

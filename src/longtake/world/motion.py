@@ -112,3 +112,38 @@ class Camera:
     def panning(self) -> bool:
         """Whether the view moves."""
         return self.speed != 0 and self.travel > 0
+
+
+@dataclass(frozen=True)
+class Glide:
+    """A view that stands, glides to another place of the scene, and stands there.
+
+    Attributes:
+        start: The view's left edge before.
+        end: And after.
+        speed: Of the camera, per frame, positive.
+        begin: Frame number from which it glides.
+    """
+
+    start: float
+    end: float
+    speed: float
+    begin: int
+
+    def offsets(self, frames: NDArray[np.int64]) -> Float64:
+        """Left edge of the view at the given frame numbers, [T]."""
+        way = np.maximum(frames.astype(np.float64) - self.begin, 0.0) * self.speed
+        offsets: Float64 = self.start + math.copysign(1.0, self.end - self.start) * np.minimum(
+            way, abs(self.end - self.start)
+        )
+        return offsets
+
+    @property
+    def panning(self) -> bool:
+        """Whether the view moves at any time."""
+        return self.start != self.end
+
+    @property
+    def num_frames(self) -> int:
+        """For how many frames it moves."""
+        return math.ceil(abs(self.end - self.start) / self.speed)

@@ -54,19 +54,22 @@ PROMPT_KEY: Final = 3
 """Keeps the draws of `scene_for_prompt` apart from those of the splits."""
 
 
-class _Draw:
-    """Random choices from one seed."""
+class Draw:
+    """Random choices from one key."""
 
     def __init__(self, *key: int) -> None:
         self._generator = np.random.default_rng(key)
 
     def uniform(self, low: float, high: float) -> float:
+        """Between two numbers."""
         return low + (high - low) * float(self._generator.random())
 
     def below(self, count: int) -> int:
+        """An index below a count."""
         return min(int(self._generator.random() * count), count - 1)
 
     def choice(self, items: Sequence[T]) -> T:
+        """One of some things."""
         return items[self.below(len(items))]
 
 
@@ -103,7 +106,7 @@ def sample_scene(seed: int, level: int = 1, split: Split = "train", aspect: floa
         raise WorldError(f"seed {seed} is negative", "use 0 or more")
     if aspect < 1:
         raise WorldError(f"aspect {aspect:g} is narrower than the world's objects need", "use 1 or more")
-    draw = _Draw(seed, level, ("train", "heldout", "any").index(split))
+    draw = Draw(seed, level, ("train", "heldout", "any").index(split))
     if level < 3:
         segments: tuple[Segment, ...] = (_segment(draw, level, split, aspect, 0, panning=False),)
     elif draw.below(2):
@@ -131,7 +134,7 @@ def scene_for_prompt(text: str, seed: int, level: int = 1, aspect: float = 1.0) 
             f"the prompt {text!r} names no object",
             f"name a colour ({', '.join(COLOURS)}) and a shape ({', '.join(SHAPES)})",
         )
-    draw = _Draw(seed, level, PROMPT_KEY)
+    draw = Draw(seed, level, PROMPT_KEY)
     drawn: Background = draw.choice(LEVEL_1_BACKGROUNDS if level == 1 else BACKGROUNDS)
     background = drawn if asked.background is None else asked.background
     objects = []
@@ -140,13 +143,13 @@ def scene_for_prompt(text: str, seed: int, level: int = 1, aspect: float = 1.0) 
         assert item.shape is not None, "a parsed object has a shape"
         motion = draw.choice(MOTIONS) if item.motion is None else item.motion
         combination = (item.colour, item.shape, motion)
-        objects.append(_object(draw, combination, item.size or "large", "any", 0.0, aspect))
-    hills = _hills(draw) if background == "hills" else None
+        objects.append(draw_object(draw, combination, item.size or "large", "any", 0.0, aspect))
+    hills = draw_hills(draw) if background == "hills" else None
     segment = Segment(0, tuple(objects), background, hills, Camera(), text)
     return Scene(seed=seed, level=level, aspect=aspect, segments=(segment,))
 
 
-def _segment(draw: _Draw, level: int, split: Split, aspect: float, start: int, panning: bool) -> Segment:
+def _segment(draw: Draw, level: int, split: Split, aspect: float, start: int, panning: bool) -> Segment:
     background = draw.choice(LEVEL_1_BACKGROUNDS if level == 1 else BACKGROUNDS)
     camera = Camera()
     if panning:
@@ -161,13 +164,14 @@ def _segment(draw: _Draw, level: int, split: Split, aspect: float, start: int, p
         # The first object of a panned scene is in view at frame 0.
         zone = draw.below(PAN_VIEWS) if panning and index else 0
         size: Size = "large" if level == 1 or draw.below(2) else "small"
-        objects.append(_object(draw, combination, size, split, zone * aspect, aspect))
-    hills = _hills(draw) if background == "hills" else None
+        objects.append(draw_object(draw, combination, size, split, zone * aspect, aspect))
+    hills = draw_hills(draw) if background == "hills" else None
     caption = _caption(draw, objects, background, split, panning)
     return Segment(start, tuple(objects), background, hills, camera, caption)
 
 
-def _hills(draw: _Draw) -> Hills:
+def draw_hills(draw: Draw) -> Hills:
+    """Hills of one scene."""
     waves = tuple(
         (draw.uniform(*amplitude), draw.uniform(*wavelength), draw.uniform(0, 2 * math.pi))
         for amplitude, wavelength in (((0.05, 0.09), (0.9, 1.4)), ((0.02, 0.04), (0.4, 0.6)))
@@ -176,15 +180,16 @@ def _hills(draw: _Draw) -> Hills:
 
 
 def _caption(
-    draw: _Draw, objects: Sequence[SceneObject], background: Background, split: Split, panning: bool
+    draw: Draw, objects: Sequence[SceneObject], background: Background, split: Split, panning: bool
 ) -> str:
     described = [Described(item.colour, item.shape, item.size, item.motion) for item in objects]
     return write_caption(described, background, draw.below, split, panning)
 
 
-def _object(
-    draw: _Draw, combination: Combination, size: Size, split: Split, left: float, aspect: float
+def draw_object(
+    draw: Draw, combination: Combination, size: Size, split: Split, left: float, aspect: float
 ) -> SceneObject:
+    """An object with the speed of a split, in the view whose left edge is at `left`."""
     colour, shape, motion = combination
     radius = draw.uniform(*SIZE_RADII_PX[size]) / REFERENCE_HEIGHT
     reach = [radius * extent for extent in extents(shape)]
@@ -195,7 +200,7 @@ def _object(
     return SceneObject(colour, shape, size, radius, motion, path)
 
 
-def _speed(draw: _Draw, split: Split) -> float:
+def _speed(draw: Draw, split: Split) -> float:
     low, high = SPEED_RANGE_PX
     band = HELDOUT_SPEED_RANGE_PX
     if split == "heldout":
@@ -208,7 +213,7 @@ def _speed(draw: _Draw, split: Split) -> float:
 
 
 def _path(
-    draw: _Draw, motion: Motion, speed: float, low: tuple[float, float], high: tuple[float, float]
+    draw: Draw, motion: Motion, speed: float, low: tuple[float, float], high: tuple[float, float]
 ) -> Path:
     if motion == "orbiting":
         room = min(high[0] - low[0], high[1] - low[1]) / 2
@@ -231,7 +236,7 @@ def _path(
     return Line(start, velocity, low, high)
 
 
-def _switches(draw: _Draw, level: int, split: Split, aspect: float) -> tuple[Segment, ...]:
+def _switches(draw: Draw, level: int, split: Split, aspect: float) -> tuple[Segment, ...]:
     """Two or three segments: the colour, the background or everything changes; what stays keeps its path."""
     segments = [_segment(draw, level, split, aspect, 0, panning=False)]
     for _ in range(1 + draw.below(2)):
@@ -251,7 +256,7 @@ def _switches(draw: _Draw, level: int, split: Split, aspect: float) -> tuple[Seg
     return tuple(segments)
 
 
-def _recoloured(draw: _Draw, objects: tuple[SceneObject, ...], split: Split) -> tuple[SceneObject, ...]:
+def _recoloured(draw: Draw, objects: tuple[SceneObject, ...], split: Split) -> tuple[SceneObject, ...]:
     """The same objects with another colour for one of them, within the split, unlike the others'."""
     index = draw.below(len(objects))
     target = objects[index]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.world.errors import WorldError
-from longtake.world.motion import Camera, Float64, Path
+from longtake.world.motion import Camera, Float64, Glide, Path
 from longtake.world.shapes import coverage, extents
 from longtake.world.vocabulary import (
     BACKGROUNDS,
@@ -83,14 +83,14 @@ class Segment:
         background: What is behind them.
         hills: Given exactly where the background is "hills".
         camera: How the view moves over the scene.
-        caption: The prompt in force.
+        caption: The prompt in force; it need not name everything that is there.
     """
 
     start: int
     objects: tuple[SceneObject, ...]
     background: Background
     hills: Hills | None
-    camera: Camera
+    camera: Camera | Glide
     caption: str
 
 

@@ -1,0 +1,227 @@
+"""Scenes that ask for recall: something is shown, is out of view for as long as one likes, and comes back
+without being named.
+
+Four prompts follow each other. *Opening*: another object, until whatever a model keeps for ever of a video's
+beginning is full. *Shown*: the target alone, standing still. *Away*: the camera glides one view to the side,
+where a third object lives, and stays there. *Back*: it glides back, to where the target still stands. The
+last two prompts name the third object and the camera alone, so that neither a prompt nor the beginning of
+the video tells what comes back.
+
+Times are in frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from longtake.world.captions import AWAY_PHRASE, BACK_PHRASE, Described, Split, write_caption
+from longtake.world.errors import WorldError
+from longtake.world.motion import Camera, Glide
+from longtake.world.sampling import EDGE_MARGIN, Draw, draw_hills, draw_object
+from longtake.world.scene import Scene, SceneObject, Segment
+from longtake.world.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    HELDOUT_COMBINATIONS,
+    MOTIONS,
+    REFERENCE_HEIGHT,
+    SHAPES,
+    SIZES,
+    Colour,
+    Motion,
+    Shape,
+    Size,
+)
+
+RECALL_LEVEL: Final = 3
+GLIDE_SPEED_PX: Final = 1.6
+"""Of the camera, always: what comes into view when shall follow from the prompts."""
+OPENING_FRAMES: Final = 33
+SHOWN_FRAMES: Final = 60
+WATCHED_FRAMES: Final = 48
+"""The scene goes on for this long once the camera is back."""
+
+_KEY: Final = 11
+_TARGETS_KEY: Final = 12
+
+Target = tuple[Colour, Shape, Size]
+Align = Callable[[int], int]
+
+
+@dataclass(frozen=True)
+class RecallScene:
+    """A scene with what there is to know about its target.
+
+    Attributes:
+        scene: Four segments: opening, shown, away, back.
+        target: What comes back; the last object of the second segment and the first of the two after it.
+        left_at: First frame in which nothing of it is in view.
+        back_at: First frame after that in which any of it is.
+        whole_at: First frame in which all of it is in view again.
+        num_frames: Length of the scene.
+    """
+
+    scene: Scene
+    target: SceneObject
+    left_at: int
+    back_at: int
+    whole_at: int
+    num_frames: int
+
+    @property
+    def shown_from(self) -> int:
+        """First frame of the prompt that names the target."""
+        return self.scene.segments[1].start
+
+    @property
+    def away_from(self) -> int:
+        """First frame of the prompt that leads away."""
+        return self.scene.segments[2].start
+
+    @property
+    def back_from(self) -> int:
+        """First frame of the prompt that leads back."""
+        return self.scene.segments[3].start
+
+    @property
+    def absence_frames(self) -> int:
+        """For how long nothing of the target is in view."""
+        return self.back_at - self.left_at
+
+
+def recall_targets(count: int, seed: int = 0, split: Split = "any") -> list[Target]:
+    """Colours, shapes and sizes of targets, each combination as often as any other (but for one).
+
+    Args:
+        count: How many.
+        seed: Decides their order.
+        split: "train" leaves out what may not stand still in training, "heldout" has only that.
+    """
+    every = [
+        (colour, shape, size)
+        for colour in COLOURS
+        for shape in SHAPES
+        for size in SIZES
+        if split == "any" or ((colour, shape, "still") in HELDOUT_COMBINATIONS) == (split == "heldout")
+    ]
+    generator = np.random.default_rng((seed, _TARGETS_KEY))
+    targets: list[Target] = []
+    while len(targets) < count:
+        order = np.argsort(generator.random(len(every)), kind="stable")
+        targets += [every[int(i)] for i in order]
+    return targets[:count]
+
+
+def recall_scene(
+    seed: int,
+    target: Target,
+    absence_frames: int,
+    align: Align = lambda frame: frame,
+    split: Split = "any",
+    aspect: float = 1.0,
+) -> RecallScene:
+    """The recall scene of a seed.
+
+    Args:
+        seed: Any non-negative integer; decides everything but the target's looks.
+        target: Colour, shape and size of what comes back.
+        absence_frames: For how many frames at least nothing of it is in view.
+        align: The first frame at or after a given one at which a prompt can come into force.
+        split: Of the other objects and of the wordings; "train" and "heldout" as in `sample_scene`.
+        aspect: Width of the view over its height.
+
+    Raises:
+        WorldError: A negative seed, an absence that is too short for the camera to come to rest, or an
+            impossible view.
+    """
+    glide_frames = Glide(0.0, aspect, GLIDE_SPEED_PX / REFERENCE_HEIGHT, 0).num_frames
+    if seed < 0 or aspect < 1:
+        raise WorldError(
+            f"seed {seed} and aspect {aspect:g} make no scene",
+            "use a seed of 0 or more and an aspect of 1 or more",
+        )
+    if absence_frames < glide_frames:
+        raise WorldError(
+            f"an absence of {absence_frames} frames ends before the camera is at rest",
+            f"use {glide_frames} frames or more",
+        )
+    draw = Draw(seed, _KEY)
+    colour, shape, size = target
+    background = draw.choice(BACKGROUNDS)
+    hills = draw_hills(draw) if background == "hills" else None
+    seen = draw_object(draw, (colour, shape, "still"), size, split, 0.0, aspect)
+    opener, third = _others(draw, colour, split, aspect)
+
+    def caption(item: SceneObject, camera: str = "") -> str:
+        described = Described(item.colour, item.shape, item.size, item.motion)
+        return write_caption([described], background, draw.below, split) + camera
+
+    speed = GLIDE_SPEED_PX / REFERENCE_HEIGHT
+    starts = [0, align(OPENING_FRAMES)]
+    starts.append(align(starts[1] + SHOWN_FRAMES))
+    away = Glide(0.0, aspect, speed, starts[2])
+    segments = [
+        Segment(starts[0], (opener,), background, hills, Camera(), caption(opener)),
+        Segment(starts[1], (seen,), background, hills, Camera(), caption(seen)),
+        Segment(starts[2], (seen, third), background, hills, away, caption(third, AWAY_PHRASE)),
+    ]
+    left_at = _first(segments[-1], starts[2], lambda share: share <= 0)
+    # It comes into view when the camera has gone back as far as it went until it was out.
+    starts.append(align(max(starts[2] + away.num_frames, left_at + absence_frames - glide_frames)))
+    while True:
+        back = Glide(aspect, 0.0, speed, starts[3])
+        last = Segment(starts[3], (seen, third), background, hills, back, segments[2].caption)
+        back_at = _first(last, starts[3], lambda share: share > 0)
+        if back_at - left_at >= absence_frames:
+            break
+        starts[3] = align(starts[3] + 1)
+    last = dataclasses.replace(last, caption=caption(third, BACK_PHRASE))
+    whole_at = _first(last, back_at, lambda share: share >= 1 - 1e-6)
+    scene = Scene(seed=seed, level=RECALL_LEVEL, aspect=aspect, segments=(*segments, last))
+    return RecallScene(
+        scene, seen, left_at, back_at, whole_at, align(starts[3] + back.num_frames + WATCHED_FRAMES)
+    )
+
+
+def _others(draw: Draw, colour: Colour, split: Split, aspect: float) -> tuple[SceneObject, SceneObject]:
+    """What the video begins with, and what lives one view to the side; in other colours than the target."""
+    made: list[SceneObject] = []
+    taken = {colour}
+    for zone in (0, 1):
+        free = [
+            (c, s, m)
+            for c in COLOURS
+            for s in SHAPES
+            for m in MOTIONS
+            if c not in taken and _allowed((c, s, m), split)
+        ]
+        combination = draw.choice(free)
+        taken.add(combination[0])
+        made.append(draw_object(draw, combination, draw.choice(SIZES), split, zone * aspect, aspect))
+    return made[0], made[1]
+
+
+def _allowed(combination: tuple[Colour, Shape, Motion], split: Split) -> bool:
+    return split == "any" or (combination in HELDOUT_COMBINATIONS) == (split == "heldout")
+
+
+def _first(segment: Segment, start: int, holds: Callable[[float], bool]) -> int:
+    """First frame from `start` on at which the share in view of the segment's first object is as asked."""
+    item = segment.objects[0]
+    frame = start
+    while not holds(_share_in_view(item, segment.camera, frame)):
+        frame += 1
+    return frame
+
+
+def _share_in_view(item: SceneObject, camera: Camera | Glide, frame: int) -> float:
+    """Share of an object's width in view, its blurred edge included; 0 where it is out, 1 where whole."""
+    times = np.array([frame])
+    x = float(item.path.centers(times)[0, 0] - camera.offsets(times)[0])
+    left, right = (reach + EDGE_MARGIN for reach in item.reach[:2])
+    return float(np.clip((x + right) / (left + right), 0.0, 1.0))
