@@ -8,16 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from longtake.cli import eval_gallery, eval_interactive, main
+from longtake.cli import eval_gallery, eval_interactive, eval_recall, main
 from longtake.config import Config
 from longtake.eval.gallery import GalleryConfig
 from longtake.eval.interactive_records import InteractiveConfig
+from longtake.eval.recall_records import RecallConfig
 from model_file import write_model
 
 
 @pytest.mark.parametrize(
     ("arguments", "config"),
-    [(eval_interactive.Arguments, InteractiveConfig), (eval_gallery.Arguments, GalleryConfig)],
+    [
+        (eval_interactive.Arguments, InteractiveConfig),
+        (eval_gallery.Arguments, GalleryConfig),
+        (eval_recall.Arguments, RecallConfig),
+    ],
 )
 def test_arguments_repeat_their_config_faithfully(arguments: type[Config], config: type[Config]) -> None:
     for name, field in config.model_fields.items():
@@ -48,6 +53,22 @@ def test_interactive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "window keep" in summary["sources"]["model"]["about"]["switches"]
     assert main(["eval", "interactive", "--out", "/proc/none"]) == 2
     assert "cannot create the directory" in capsys.readouterr().err
+
+
+def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_model(tmp_path / "model.safetensors")
+    out = tmp_path / "out"
+    argv = ["--scenes", "2", "--absence", "1.5", "--policies", "own", "key_frames:stride=2"]
+    assert main(["eval", "recall", *argv, "--model-path", str(model), "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "absence 1.5 windows" in told
+    assert "chance, given presence" in told
+    summary = json.loads((out / "recall.json").read_text())
+    assert summary["test"] == "longtake-recall-v1"
+    assert summary["sources"]["truth"]["absences"][0]["gated"]["recalled"]["value"] == 1
+    assert "key_frames" in summary["sources"]["key_frames-stride-2"]["about"]["policy"]
+    assert main(["eval", "recall", "--policies", "off", "--model-path", str(model)]) == 2
+    assert "is a mode of a learned memory" in capsys.readouterr().err
 
 
 def test_level_3_needs_time(capsys: pytest.CaptureFixture[str]) -> None:

@@ -58,10 +58,10 @@ def test_the_target_is_away_as_long_as_asked_and_comes_back_unnamed(
     # Pixels see the edges within a frame or two of where they are.
     assert (seen[made.away_from : made.left_at - 3] > 0).all()
     assert (seen[made.back_at + 3 :] > 0).all()
-    np.testing.assert_allclose(seen[made.whole_at :], 1, atol=1e-6)
-    assert made.num_frames - made.whole_at >= WATCHED_FRAMES
+    np.testing.assert_allclose(seen[made.home_at :], 1, atol=1e-6)
+    assert made.num_frames - made.home_at >= WATCHED_FRAMES
     x = truth.center_xy[:, slot, 0]
-    assert x[made.whole_at + WATCHED_FRAMES - 1] == pytest.approx(x[made.shown_from])
+    assert x[made.home_at + WATCHED_FRAMES - 1] == pytest.approx(x[made.shown_from])
 
 
 def test_the_view_is_that_of_before_once_the_camera_is_back() -> None:

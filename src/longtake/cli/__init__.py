@@ -39,6 +39,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "eval interactive": Command(
             "score streams whose prompt keeps changing", "longtake.cli.eval_interactive"
         ),
+        "eval recall": Command("test what a model knows of what left its view", "longtake.cli.eval_recall"),
         "eval gallery": Command(
             "write sample clips of a model next to real ones", "longtake.cli.eval_gallery"
         ),

@@ -5,7 +5,7 @@ Legend: b streams, t frames, h rows, w columns, c channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,10 @@ from longtake.eval.source import ReconstructionSource, TruthSource
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline
-from longtake.stream.state import PromptSwitch
+from longtake.stream.state import PromptSwitch, StreamState
 
 Frames = NDArray[np.uint8]
+BeforeChunk = Callable[[Engine, Sequence[StreamState]], None]
 
 
 class ModelSource:
@@ -28,11 +29,21 @@ class ModelSource:
         pipeline: The model.
         name: Name of the model, for provenance.
         policy: What becomes of the past at prompt switches; its text does not matter.
+        source_name: What the source is called in tables.
+        before_chunk: Called with the engine and its streams before every chunk.
     """
 
-    name = "model"
-
-    def __init__(self, pipeline: Pipeline, name: str, policy: PromptSwitch | None = None) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        name: str,
+        policy: PromptSwitch | None = None,
+        *,
+        source_name: str = "model",
+        before_chunk: BeforeChunk | None = None,
+    ) -> None:
+        self.name = source_name
+        self._before_chunk = before_chunk
         self._pipeline = pipeline
         self._model = name
         self._policy = policy or PromptSwitch(text="")
@@ -75,6 +86,8 @@ class ModelSource:
                 if index and state.num_frames in prompts:
                     text = prompts[state.num_frames]
                     engine.set_prompt(state, self._policy.replace(text=text))
+            if self._before_chunk is not None:
+                self._before_chunk(engine, states)
             frames = [chunk.frames for chunk in engine.advance(states)]
             yield np.stack([made for made in frames if made is not None])
 

@@ -109,6 +109,15 @@ class SlotMemory:
         record.num_evicted = len(local)
         self._publish([slot], [record])
 
+    def exchange(self, slot: int, other: int, record: SlotRecord, other_record: SlotRecord) -> None:
+        """Swap the states of two streams."""
+        if self._grid is None:
+            return
+        for tensor in self._state.values():
+            tensor[[slot, other]] = tensor[[other, slot]]
+        record.num_evicted, other_record.num_evicted = other_record.num_evicted, record.num_evicted
+        self._publish([slot, other], [record, other_record])
+
     def turn(self, slots: Sequence[int], records: Sequence[SlotRecord], ids: Sequence[SegmentIds]) -> None:
         """Turn the memory keys again of streams whose memory, or its ids, have changed."""
         moved = [

@@ -321,6 +321,11 @@ class SlotHistory:
         record = self.record(slot)
         self._memory.reset(slot, record, record.places(self.config.sink_frames) if rebuild else None)
 
+    @torch.no_grad()
+    def exchange_memories(self, slot: int, other: int) -> None:
+        """Let two streams go on with each other's memory: a control of what a memory is good for."""
+        self._memory.exchange(slot, other, self.record(slot), self.record(other))
+
     # ---- snapshots
 
     def export_slot(self, slot: int) -> tuple[SlotRecord, dict[str, Tensor]]:

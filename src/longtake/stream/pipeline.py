@@ -113,6 +113,14 @@ class Pipeline:
             changes["guidance"] = None if guidance == 1 else guidance
         return dataclasses.replace(self, config=self.config.replace(**changes)) if changes else self
 
+    def with_history(self, history: HistoryConfig) -> Pipeline:
+        """The same networks with another window, other positions or another policy.
+
+        Raises:
+            ConfigError: what does not fit these networks.
+        """
+        return dataclasses.replace(self, config=self.config.replace(history=history))
+
     def num_pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that the first latent frames of a stream decode to."""
         return 1 + (latent_frames - 1) * self.vae.config.temporal_stride if latent_frames > 0 else 0

@@ -59,10 +59,10 @@ class RecallScene:
 
     Attributes:
         scene: Four segments: opening, shown, away, back.
-        target: What comes back; the last object of the second segment and the first of the two after it.
+        target: What comes back: the second segment's object, and the first of the last one.
         left_at: First frame in which nothing of it is in view.
         back_at: First frame after that in which any of it is.
-        whole_at: First frame in which all of it is in view again.
+        home_at: First frame in which the view is again what it was when it was shown.
         num_frames: Length of the scene.
     """
 
@@ -70,7 +70,7 @@ class RecallScene:
     target: SceneObject
     left_at: int
     back_at: int
-    whole_at: int
+    home_at: int
     num_frames: int
 
     @property
@@ -87,6 +87,11 @@ class RecallScene:
     def back_from(self) -> int:
         """First frame of the prompt that leads back."""
         return self.scene.segments[3].start
+
+    @property
+    def third(self) -> SceneObject:
+        """What is seen while the target is away."""
+        return self.scene.segments[2].objects[-1]
 
     @property
     def absence_frames(self) -> int:
@@ -181,18 +186,64 @@ def recall_scene(
             break
         starts[3] = align(starts[3] + 1)
     last = dataclasses.replace(last, caption=caption(third, BACK_PHRASE))
-    whole_at = _first(last, back_at, lambda share: share >= 1 - 1e-6)
+    home_at = starts[3] + back.num_frames
     scene = Scene(seed=seed, level=RECALL_LEVEL, aspect=aspect, segments=(*segments, last))
-    return RecallScene(
-        scene, seen, left_at, back_at, whole_at, align(starts[3] + back.num_frames + WATCHED_FRAMES)
+    return RecallScene(scene, seen, left_at, back_at, home_at, align(home_at + WATCHED_FRAMES))
+
+
+def narrative_scene(
+    seed: int,
+    target: Target,
+    absence_frames: int,
+    align: Align = lambda frame: frame,
+    split: Split = "any",
+    aspect: float = 1.0,
+) -> RecallScene:
+    """Two prompts in turns, A, B and A again, behind an opening: what A showed is to be seen as it was.
+
+    The second A names the target in the same words, so that its looks follow from the prompt, but not where
+    in the view it stood, nor how large it was within its size.
+
+    Args and errors as of `recall_scene`; nothing moves the camera, so that any absence is possible.
+    """
+    if seed < 0 or aspect < 1 or absence_frames < 1:
+        raise WorldError(
+            f"seed {seed}, aspect {aspect:g} and an absence of {absence_frames} frames make no scene",
+            "use a seed of 0 or more, an aspect of 1 or more and an absence of 1 or more",
+        )
+    draw = Draw(seed, _KEY, 1)
+    colour, shape, size = target
+    background = draw.choice(BACKGROUNDS)
+    hills = draw_hills(draw) if background == "hills" else None
+    seen = draw_object(draw, (colour, shape, "still"), size, split, 0.0, aspect)
+    opener, other = _others(draw, colour, split, aspect, zones=(0, 0))
+    starts = [0, align(OPENING_FRAMES)]
+    starts.append(align(starts[1] + SHOWN_FRAMES))
+    starts.append(align(starts[2] + absence_frames))
+
+    def caption(item: SceneObject) -> str:
+        described = Described(item.colour, item.shape, item.size, item.motion)
+        return write_caption([described], background, draw.below, split)
+
+    again = caption(seen)
+    segments = tuple(
+        Segment(start, (item,), background, hills, Camera(), text)
+        for start, item, text in zip(
+            starts, (opener, seen, other, seen), (caption(opener), again, caption(other), again), strict=True
+        )
     )
+    scene = Scene(seed=seed, level=RECALL_LEVEL, aspect=aspect, segments=segments)
+    last = starts[3]
+    return RecallScene(scene, seen, starts[2], last, last, align(last + WATCHED_FRAMES))
 
 
-def _others(draw: Draw, colour: Colour, split: Split, aspect: float) -> tuple[SceneObject, SceneObject]:
-    """What the video begins with, and what lives one view to the side; in other colours than the target."""
+def _others(
+    draw: Draw, colour: Colour, split: Split, aspect: float, zones: tuple[int, int] = (0, 1)
+) -> tuple[SceneObject, SceneObject]:
+    """What the video begins with and the third object, in their views; in other colours than the target."""
     made: list[SceneObject] = []
     taken = {colour}
-    for zone in (0, 1):
+    for zone in zones:
         free = [
             (c, s, m)
             for c in COLOURS

@@ -1,0 +1,306 @@
+"""`longtake eval recall`: is what left the view for longer than the window still known when it comes back?
+
+One line of JSON per finished stream is appended to `recall-<source>.jsonl`; a run that finds its streams
+there skips them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.eval.errors import EvalError
+from longtake.eval.lazy import pyplot
+from longtake.eval.meter import Meter
+from longtake.eval.model import ModelSource
+from longtake.eval.recall_plot import draw
+from longtake.eval.recall_records import (
+    NAME,
+    SAMPLE_EVERY_FRAMES,
+    RecallConfig,
+    RecallRecord,
+    header_of,
+    record_of,
+    scenes_of,
+)
+from longtake.eval.recall_summary import RecallSummary, summarize
+from longtake.eval.records import RecordFile
+from longtake.eval.script import Chunking, Script
+from longtake.eval.sheet import SheetKeeper
+from longtake.eval.source import TruthSource
+from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Absolute
+from longtake.history.window import WindowConfig
+from longtake.stream.engine import Engine
+from longtake.stream.pipeline import Pipeline
+from longtake.stream.state import PromptSwitch, StreamState
+from longtake.world import VERSION, render
+from longtake.world.recall import RecallScene
+
+if TYPE_CHECKING:
+    from longtake.eval.model import BeforeChunk
+
+Frames = NDArray[np.uint8]
+SUMMARY_NAME: Final = "recall.json"
+PNG_NAME: Final = "recall.png"
+SHEET_COLUMNS: Final = 24
+OWN: Final = "own"
+SWAPPED: Final = "swapped"
+
+
+class RecallVideos(Protocol):
+    """Makes videos of recall scenes, a batch at a time."""
+
+    @property
+    def name(self) -> str:
+        """Short name."""
+        ...
+
+    @property
+    def about(self) -> dict[str, str]:
+        """Provenance."""
+        ...
+
+    @property
+    def chunking(self) -> Chunking:
+        """Where chunks begin, and how far they look back."""
+        ...
+
+    def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
+        """Chunks of uint8 [B, T, H, W, 3]; the scenes are whole pairs, see `ModelVideos`."""
+        ...
+
+
+class TruthVideos:
+    """Real clips: the ceiling."""
+
+    name = "truth"
+
+    def __init__(self, truth: TruthSource) -> None:
+        self._truth = truth
+        self.chunking = truth.chunking
+        self.about = truth.about
+
+    def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
+        """Rendered."""
+        start, stop = 0, self.chunking.first_frames
+        while start < num_frames:
+            yield np.stack(
+                [render(made.scene, start, stop, self._truth.height, self._truth.width) for made in scenes]
+            )
+            start, stop = stop, stop + self.chunking.frames
+
+
+class ModelVideos:
+    """Streams of a model under one policy of what becomes of its past.
+
+    Args:
+        pipeline: The model, with the policy.
+        model: Its name. ``name``: Of the policy.
+        switch: What becomes of the past at prompt switches; its text does not matter.
+        swaps: A control: while both targets of a pair are away, the streams go on with each other's memory.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        model: str,
+        name: str,
+        switch: PromptSwitch,
+        *,
+        swaps: bool = False,
+    ) -> None:
+        self.name = name
+        self._pipeline, self._model, self._switch, self._swaps = pipeline, model, switch, swaps
+        source = self._source(None)
+        self.chunking = source.chunking
+        self.about = {
+            **source.about,
+            "policy": pipeline.config.history.policy.model_dump_json(),
+            "swaps": str(swaps),
+        }
+
+    def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
+        """Generated from the scenes' prompts and seeds.
+
+        Raises:
+            EvalError: Memories are to be swapped, and an absence is too short for it.
+        """
+        scripts = [Script(made.scene.captions) for made in scenes]
+        hook = self._swapping(scenes) if self._swaps else None
+        seeds = [made.scene.seed for made in scenes]
+        yield from self._source(hook).generate(scripts, seeds, num_frames)
+
+    def _source(self, hook: BeforeChunk | None) -> ModelSource:
+        return ModelSource(
+            self._pipeline, self._model, self._switch, source_name=self.name, before_chunk=hook
+        )
+
+    def _swapping(self, scenes: Sequence[RecallScene]) -> BeforeChunk:
+        due: dict[int, list[int]] = {}
+        for first in range(0, len(scenes), 2):
+            pair = scenes[first : first + 2]
+            frame = self.chunking.boundary(max(made.left_at for made in pair))
+            if len(pair) < 2 or frame >= min(made.back_from for made in pair):
+                raise EvalError(
+                    f"streams {first} and {first + 1} are not away at the same time",
+                    "use an even number of scenes and a longer absence for swapped memories",
+                )
+            due.setdefault(frame, []).append(first)
+
+        def swap(engine: Engine, states: Sequence[StreamState]) -> None:
+            for first in due.get(states[0].num_frames, ()):
+                for one, other in zip(states[first].slots, states[first + 1].slots, strict=True):
+                    engine.history.exchange_memories(one, other)
+
+        return swap
+
+
+def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
+    """A model with another policy.
+
+    Args:
+        pipeline: The model.
+        text: "own" or "swapped" for its own; "off" or "prior" for a learned memory's other modes; "window"
+            for none; "full" for an unlimited window; else a policy's kind, with settings if they are not to
+            be the defaults: "key_frames:stride=4,num_frames=3".
+
+    Raises:
+        EvalError: No such policy. ConfigError: Settings that do not fit.
+    """
+    history = pipeline.config.history
+    kind, _, rest = text.partition(":")
+    if kind in (OWN, SWAPPED):
+        return pipeline
+    if kind in ("off", "prior"):
+        own = history.policy
+        if not isinstance(own, EvolvingConfig):
+            raise EvalError(
+                f"{text!r} is a mode of a learned memory, which this model has not", "leave it out"
+            )
+        changed = history.replace(policy=own.replace(mode=kind))
+    elif kind == "full":
+        changed = history.replace(window_frames=None, positions=Absolute(), policy=WindowConfig())
+    else:
+        changed = HistoryConfig.loads(
+            json.dumps({**json.loads(history.dumps()), "policy": {"kind": kind, **_settings(rest, text)}}),
+            source=f"--policies {text}",
+        )
+    return pipeline.with_history(changed)
+
+
+def _settings(text: str, whole: str) -> dict[str, object]:
+    settings: dict[str, object] = {}
+    for item in filter(None, re.split(r",(?=\w+=)", text)):  # commas within a list stay
+        key, equals, value = item.partition("=")
+        try:
+            settings[key] = json.loads(value)
+        except ValueError:
+            settings[key] = value
+        if not equals:
+            raise EvalError(f"{item!r} in the policy {whole!r} has no value", "write KEY=VALUE")
+    return settings
+
+
+def run_recall(
+    config: RecallConfig,
+    sources: Sequence[RecallVideos],
+    out: Path,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> RecallSummary:
+    """Tests every source; writes `recall.json`, `recall.png` and contact sheets.
+
+    Args:
+        config: What to test.
+        sources: The subject first, whose window lengths are counted in; then others and real clips.
+        out: Directory; created if missing.
+        progress: Called with a source's name and its (finished, all) streams after every batch.
+
+    Raises:
+        EvalError: `out` holds records of another test, sources whose chunks differ, or matplotlib (extra
+            `eval`) is missing.
+    """
+    pyplot()  # a missing package is told before the work, not after
+    chunking = sources[0].chunking
+    window = chunking.window_frames
+    if window is None:
+        raise EvalError(
+            "an absence is counted in windows, and the model's is unlimited", "test another model"
+        )
+    names = [source.name for source in sources]
+    if len(set(names)) < len(names):
+        raise EvalError(f"sources {names} share a name", "name each policy once")
+    scenes = {length: scenes_of(config, length, window, chunking.boundary) for length in config.absence}
+    records = {source.name: _records(config, source, scenes, chunking, out, progress) for source in sources}
+    generator = hashlib.sha256(repr(list(scenes.values())).encode()).hexdigest()
+    summary = RecallSummary(
+        test=NAME,
+        generator=generator,
+        config=config,
+        world_version=VERSION,
+        window_frames=window,
+        subject=names[0],
+        sources=summarize(records, {source.name: source.about for source in sources}),
+    )
+    summary.dump(out / SUMMARY_NAME)
+    draw(summary, out / PNG_NAME)
+    return summary
+
+
+def _records(
+    config: RecallConfig,
+    source: RecallVideos,
+    scenes: dict[float, list[RecallScene]],
+    chunking: Chunking,
+    out: Path,
+    progress: Callable[[str, int, int], None] | None,
+) -> list[RecallRecord]:
+    theirs = source.chunking
+    if (theirs.first_frames, theirs.frames) != (chunking.first_frames, chunking.frames):
+        raise EvalError(f"{source.name} makes chunks of another length", "compare models of equal chunks")
+    header = {**header_of(config), "source": source.name, "about": source.about}
+    file = RecordFile(out / f"recall-{source.name}.jsonl", RecallRecord, header)
+    found = {(record.absence, record.index): record for record in file.resume()}
+    total = sum(len(listed) for listed in scenes.values())
+    for absence, listed in scenes.items():
+        sheet = out / f"recall-{source.name}-{absence:g}.png"
+        for indices in _batches(config, absence, len(listed), found):
+            batch = [listed[index] for index in indices]
+            num_frames = max(made.num_frames for made in batch)
+            meter = Meter(num_frames, SAMPLE_EVERY_FRAMES)
+            keeper = SheetKeeper(num_frames, SHEET_COLUMNS)
+            for chunk_bthwc in source.film(batch, num_frames):
+                meter.feed(chunk_bthwc)
+                keeper.feed(chunk_bthwc)
+                if meter.done:
+                    break
+            fresh = [
+                record_of(index, absence, made, measured)
+                for index, made, measured in zip(indices, batch, meter.results(), strict=True)
+            ]
+            file.append(fresh)
+            found |= {(record.absence, record.index): record for record in fresh}
+            if not sheet.exists():
+                keeper.write(sheet, [Script(made.scene.captions).text for made in batch])
+            if progress is not None:
+                progress(source.name, len(found), total)
+    return [found[absence, index] for absence, listed in scenes.items() for index in range(len(listed))]
+
+
+def _batches(
+    config: RecallConfig, absence: float, count: int, found: dict[tuple[float, int], RecallRecord]
+) -> Iterator[list[int]]:
+    """Indices of scenes that are not recorded, whole pairs together."""
+    pairs = [list(range(first, min(first + 2, count))) for first in range(0, count, 2)]
+    missing = [pair for pair in pairs if any((absence, index) not in found for index in pair)]
+    size = max(1, config.batch // 2)
+    for begin in range(0, len(missing), size):
+        yield [index for pair in missing[begin : begin + size] for index in pair]

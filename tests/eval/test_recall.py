@@ -1,0 +1,235 @@
+"""The recall test: real clips pass it, every failure shows where it should, streams resume and swap."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from longtake.errors import ConfigError
+from longtake.eval.errors import EvalError
+from longtake.eval.recall import PNG_NAME, SUMMARY_NAME, ModelVideos, TruthVideos, run_recall, with_policy
+from longtake.eval.recall_records import PLACE_PX, RecallConfig, scenes_of
+from longtake.eval.recall_summary import AbsenceFigures, RecallSummary
+from longtake.eval.script import Chunking
+from longtake.eval.source import TruthSource
+from longtake.history.compression import AverageConfig
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.retention import KeyFramesConfig
+from longtake.stream.state import PromptSwitch
+from longtake.world import Scene, SceneObject, Segment
+from longtake.world.motion import Camera, Line
+from longtake.world.recall import RecallScene
+from tiny_parts import small_pipeline
+
+CONFIG = RecallConfig(scenes=4, absence=(1.0,))
+WINDOW = 48
+Change = Callable[[RecallScene], Scene]
+
+
+def with_segments(made: RecallScene, **changes: Callable[[Segment], Segment]) -> Scene:
+    """The scene with some of its segments changed, named s0 to s3."""
+    segments = [changes.get(f"s{i}", lambda same: same)(s) for i, s in enumerate(made.scene.segments)]
+    return dataclasses.replace(made.scene, segments=tuple(segments))
+
+
+def with_target(change: Callable[[SceneObject], SceneObject]) -> Callable[[Segment], Segment]:
+    return lambda segment: dataclasses.replace(
+        segment, objects=(change(segment.objects[0]), *segment.objects[1:])
+    )
+
+
+def moved(item: SceneObject) -> SceneObject:
+    assert isinstance(item.path, Line)
+    x, y = item.path.start
+    target = (item.path.low[0] + item.path.high[0] - x, item.path.low[1] + item.path.high[1] - y)
+    return dataclasses.replace(item, path=dataclasses.replace(item.path, start=target))
+
+
+def other_size(item: SceneObject) -> SceneObject:
+    return dataclasses.replace(item, radius=0.16 if item.size == "small" else 0.09)
+
+
+def other_colour(made: RecallScene) -> Callable[[SceneObject], SceneObject]:
+    free = {"red", "yellow", "green", "cyan", "blue", "purple"} - {made.target.colour, made.third.colour}
+    return lambda item: dataclasses.replace(item, colour=min(free))  # type: ignore[arg-type]
+
+
+FAULTS: dict[str, Change] = {
+    "none": lambda made: made.scene,
+    "forgets": lambda made: with_segments(made, s3=lambda s: dataclasses.replace(s, objects=s.objects[1:])),
+    "recolours": lambda made: with_segments(made, s3=with_target(other_colour(made))),
+    "reshapes": lambda made: with_segments(
+        made,
+        s3=with_target(lambda o: dataclasses.replace(o, shape="star" if o.shape != "star" else "circle")),
+    ),
+    "resizes": lambda made: with_segments(made, s3=with_target(other_size)),
+    "moves": lambda made: with_segments(made, s3=with_target(moved)),
+    "stays": lambda made: with_segments(
+        made, s2=lambda s: dataclasses.replace(s, camera=Camera()), s3=lambda s: s
+    ),
+    "never shows": lambda made: with_segments(made, s1=with_target(other_colour(made))),
+}
+
+
+class FaultyVideos(TruthVideos):
+    """Real clips with one fault."""
+
+    name = "model"
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(TruthSource(3))
+        self.about = {**self.about, "fault": fault}
+        self._change = FAULTS[fault]
+        self.filmed = 0
+
+    def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[NDArray[np.uint8]]:
+        self.filmed += len(scenes)
+        return super().film(
+            [dataclasses.replace(made, scene=self._change(made)) for made in scenes], num_frames
+        )
+
+
+def figures(fault: str, out: Path, config: RecallConfig = CONFIG) -> AbsenceFigures:
+    summary = run_recall(config, (FaultyVideos(fault), TruthVideos(TruthSource(3))), out)
+    return summary.sources["model"].absences[0]
+
+
+@pytest.mark.parametrize("kind", ["pan", "narrative"])
+def test_real_clips_recall_everything(tmp_path: Path, kind: str) -> None:
+    config = RecallConfig.model_validate({**CONFIG.model_dump(), "kind": kind})
+    summary = run_recall(config, (TruthVideos(TruthSource(3)),), tmp_path)
+    [item] = summary.sources["truth"].absences
+    assert item.gate.value == item.shown.value == item.left.value == 1
+    for name, value in item.gated.items():
+        assert value.value == 1, name
+        assert item.all[name].value == 1, name
+    assert item.seconds >= WINDOW / 16
+    assert RecallSummary.load(tmp_path / SUMMARY_NAME) == summary
+    for name in (PNG_NAME, "recall-truth-1.png"):
+        assert (tmp_path / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"),
+    [
+        ("forgets", {"recalled", "present"}),
+        ("recolours", {"recalled", "colour"}),
+        ("reshapes", {"recalled", "shape"}),
+        ("resizes", {"size"}),
+    ],
+)
+def test_what_is_forgotten_shows_where_it_should(tmp_path: Path, fault: str, wrong: set[str]) -> None:
+    item = figures(fault, tmp_path)
+    assert item.gate.value == 1
+    for name, value in item.gated.items():
+        if fault == "forgets" and name not in wrong:
+            assert value.value is None, name  # identity is asked of what is present
+        else:
+            assert value.value == (0 if name in wrong else 1), name
+    difference = RecallSummary.load(tmp_path / SUMMARY_NAME).sources["truth"].less_subject[0]
+    assert {name for name, value in difference.items() if value.value == 1} == wrong
+
+
+def test_another_place_counts_only_as_that(tmp_path: Path) -> None:
+    item = figures("moves", tmp_path)
+    scenes = scenes_of(CONFIG, 1.0, WINDOW, Chunking().boundary)
+    far = [
+        np.hypot(*(np.array(moved(made.target).path.start) - made.target.path.start)) * 64 > PLACE_PX + 1  # type: ignore[union-attr]
+        for made in scenes
+    ]
+    assert all(far)
+    assert item.gated["place"].value == 0
+    assert item.gated["recalled"].value == 1
+
+
+@pytest.mark.parametrize(("fault", "gate"), [("stays", "left"), ("never shows", "shown")])
+def test_what_was_not_asked_for_right_is_no_evidence(tmp_path: Path, fault: str, gate: str) -> None:
+    item = figures(fault, tmp_path)
+    assert item.gate.value == 0
+    assert getattr(item, gate).value == 0
+    assert item.gated["recalled"].value is None
+    assert item.all["recalled"].value == 1
+
+
+def test_chance_is_what_other_targets_would_score(tmp_path: Path) -> None:
+    scenes = scenes_of(CONFIG, 1.0, WINDOW, Chunking().boundary)
+    colours = [made.target.colour for made in scenes]
+    pairs = [one == other for i, one in enumerate(colours) for j, other in enumerate(colours) if i != j]
+    assert figures("none", tmp_path).chance["colour"] == pytest.approx(np.mean(pairs))
+
+
+def test_what_is_recorded_is_not_filmed_again(tmp_path: Path) -> None:
+    figures("none", tmp_path)
+    path = tmp_path / "recall-model.jsonl"
+    lines = path.read_text().split("\n")
+    path.write_text("\n".join([*lines[:2], *lines[3:]]))  # the second scene's record is lost
+    again = FaultyVideos("none")
+    run_recall(CONFIG, (again,), tmp_path)
+    assert again.filmed == 2  # with the other of its pair
+    assert len(path.read_text().split("\n")) == 1 + 5 + 1
+    with pytest.raises(EvalError, match="another about"):
+        run_recall(CONFIG, (FaultyVideos("moves"),), tmp_path)
+    with pytest.raises(EvalError, match="share a name"):
+        run_recall(CONFIG, (again, again), tmp_path)
+
+
+def film(text: str, scenes: Sequence[RecallScene], num_frames: int) -> NDArray[np.uint8]:
+    pipeline = small_pipeline(policy=EvolvingConfig())
+    videos = ModelVideos(
+        with_policy(pipeline, text),
+        "tiny",
+        text,
+        PromptSwitch(text="", memory="keep"),
+        swaps=text == "swapped",
+    )
+    return np.concatenate(list(videos.film(scenes, num_frames)), axis=1)
+
+
+def test_swapped_memories_change_what_comes_after_and_nothing_before() -> None:
+    pipeline = small_pipeline(policy=EvolvingConfig())
+    chunking = ModelVideos(pipeline, "tiny", "own", PromptSwitch(text="")).chunking
+    window = chunking.window_frames
+    assert window is not None
+    scenes = scenes_of(RecallConfig(scenes=2), 96 / window, window, chunking.boundary)
+    end = max(made.back_from for made in scenes) + 1
+    swap = chunking.boundary(max(made.left_at for made in scenes))
+    own, swapped, off = (film(text, scenes, end).astype(int) for text in ("own", "swapped", "off"))
+    assert np.array_equal(own[:, :swap], swapped[:, :swap])
+    assert not np.array_equal(own[:, swap:], swapped[:, swap:])
+    assert not np.array_equal(own, off)
+    with pytest.raises(EvalError, match="not away at the same time"):
+        film("swapped", scenes[:1], end)
+
+
+def test_policies_by_name() -> None:
+    torch.manual_seed(0)
+    pipeline = small_pipeline(policy=EvolvingConfig())
+    assert with_policy(pipeline, "own") is pipeline
+
+    def policy(text: str) -> object:
+        return with_policy(pipeline, text).config.history.policy
+
+    assert policy("prior") == EvolvingConfig(mode="prior")
+    assert policy("off") == EvolvingConfig(mode="off")
+    assert policy("key_frames:stride=4,num_frames=2") == KeyFramesConfig(stride=4, num_frames=2)
+    assert policy("average:decays=[0.9, 0.5]") == AverageConfig(decays=(0.9, 0.5))
+    full = with_policy(pipeline, "full").config.history
+    assert full.window_frames is None
+    assert full.policy.kind == "window"
+    with pytest.raises(ConfigError, match="stripe"):
+        policy("key_frames:stripe=4")
+    with pytest.raises(ConfigError, match="kind"):
+        policy("hoarding")
+    with pytest.raises(EvalError, match="has no value"):
+        policy("key_frames:stride")
+    with pytest.raises(EvalError, match="has not"):
+        with_policy(small_pipeline(), "prior")
+    unlimited = ModelVideos(small_pipeline(window_frames=None), "tiny", "own", PromptSwitch(text=""))
+    with pytest.raises(EvalError, match="unlimited"):
+        run_recall(CONFIG, (unlimited,), Path("unused"))
