@@ -6,7 +6,7 @@ import model_file
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
-from longtake.models.dit import DiT
+from longtake.models.dit import DiT, DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTrainingConfig, TextToLatents
@@ -40,10 +40,10 @@ def loop(num_steps: int, seed: int = 3) -> LoopConfig:
 CAPTIONS = ["a red circle bouncing on gray", "a blue square", "a green star"]
 
 
-def networks() -> TextToLatents:
+def networks(dit: DiTConfig = DIT) -> TextToLatents:
     """Random networks whose output depends on everything (the initial head is zero)."""
     torch.manual_seed(0)
-    made = TextToLatents(TinyTextEncoder(TEXT), DiT(DIT))
+    made = TextToLatents(TinyTextEncoder(TEXT), DiT(dit))
     for name, parameter in made.named_parameters():
         if "head.head" in name or "modulation" in name:
             torch.nn.init.normal_(parameter, std=0.2)

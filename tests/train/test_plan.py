@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch import Tensor
 
+from counting import measured, some_clips
 from longtake.cli import main
 from longtake.errors import ConfigError, TrainingError
 from longtake.models.tiny_vae import TinyVAE
@@ -17,8 +16,7 @@ from longtake.recipes import RECIPES, get_recipe
 from longtake.train.dit import DiTTask
 from longtake.train.dmd import DMDTask
 from longtake.train.fit import this_machine
-from longtake.train.latents import Clips
-from longtake.train.loop import Learner, WeightAverage
+from longtake.train.loop import WeightAverage
 from longtake.train.plan import Machine, StagePlan, plan_lines
 from longtake.train.run import Recipe, train
 from longtake.train.trajectory import TrajectoryTask
@@ -26,7 +24,6 @@ from longtake.train.vae import VAETask
 from toy_training import CAPTIONS, networks, recipe
 
 PLENTY = Machine("cpu", 10**15)
-Loss = Callable[[int, float], tuple[Tensor, dict[str, float]]]
 
 
 def toy(precision: str = "fp32", **changes: dict[str, object]) -> Recipe:
@@ -42,16 +39,8 @@ def toy(precision: str = "fp32", **changes: dict[str, object]) -> Recipe:
     return made
 
 
-def clips() -> Clips:
-    torch.manual_seed(0)
-    prompts = tuple(((0, caption),) for caption in CAPTIONS)
-    return Clips(
-        torch.randn(3, 6, 4, 4, 4).half(), torch.rand(3, 6, 4, 4).half(), prompts, (True,) * 3, (1,) * 3
-    )
-
-
 def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VAETask:
-    history, schedule, some = made.stream.history, made.stream.schedule, clips()
+    history, schedule, some = made.stream.history, made.stream.schedule, some_clips()
     if stage in ("vae", "decoder"):
         return VAETask(TinyVAE(made.vae_model), getattr(made, stage))
     if stage == "trajectory":
@@ -59,45 +48,6 @@ def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VA
     if stage == "dmd":
         return DMDTask(networks(), networks(), history, schedule, made.dmd, CAPTIONS, CAPTIONS, (4, 4, 4))
     return DiTTask(networks(), history, getattr(made, stage), some, some, some)
-
-
-def counter() -> FlopCounterMode:
-    """torch's counter, which does not know the CPU's fused attention."""
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
-        return int(sdpa_flop_count(q, k, v))
-
-    def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> int:
-        return int(sdpa_backward_flop_count(grad, q, k, v))
-
-    ops = torch.ops.aten
-    mapping = {
-        ops._scaled_dot_product_flash_attention_for_cpu: forward,
-        ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-def measured(learner: Learner, modules: list[nn.Module], draw: int, half: bool) -> tuple[int, int]:
-    """FLOPs of a loss with its backward pass, and bytes that autograd kept beside weights."""
-    weights = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with counter() as count:
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=half),
-        ):
-            loss, _ = learner.loss(draw, 0.5)
-        num_bytes = sum(kept.values())
-        loss.backward()  # type: ignore[no-untyped-call]
-    return count.get_total_flops(), num_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

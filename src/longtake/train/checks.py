@@ -6,6 +6,9 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from longtake.errors import ConfigError
+from longtake.history.base import check_ids_fit
+from longtake.history.evolving import EvolvingConfig
+from longtake.train.dit import DiTTrainingConfig
 from longtake.train.fit import check_multiple
 from longtake.train.latents import LatentCacheConfig
 from longtake.train.plan import Machine, StagePlan
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from longtake.train.run import Recipe
 
 _CACHES = ("first_latents", "latents", "held_out")
-_WALKING = ("first", "windows", "trajectory")  # stages that read clips
+_WALKING = ("first", "windows", "memory", "trajectory")  # stages that read clips
 
 
 def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
@@ -39,6 +42,8 @@ def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
             return plan_dit(stage, sizes, recipe.first, machine, _clip_bytes(recipe, stage))
         case "windows":
             return plan_dit(stage, sizes, recipe.windows, machine, _clip_bytes(recipe, stage))
+        case "memory":
+            return plan_dit(stage, sizes, recipe.memory, machine, _clip_bytes(recipe, stage))
         case "trajectory":
             return plan_trajectory(stage, sizes, recipe.trajectory, machine, _clip_bytes(recipe, stage))
         case "dmd":
@@ -103,6 +108,14 @@ def _check_networks(recipe: Recipe) -> None:
     for name, value, other, expected in pairs:
         if value != expected:
             raise ConfigError(f"{name}={value} does not fit {other}={expected}", "make them equal")
+    history, policy = recipe.stream.history, recipe.stream.history.policy
+    if isinstance(policy, EvolvingConfig) and dit.memory is None:
+        raise ConfigError(
+            'stream.history.policy.kind="evolving", but dit_model.memory is null',
+            "give the DiT a memory, or take another policy",
+        )
+    if isinstance(policy, EvolvingConfig) and dit.memory is not None and policy.mode != "off":
+        check_ids_fit(history, dit.memory.num_frames)
 
 
 def _check_sizes(recipe: Recipe, stages: Collection[str]) -> None:
@@ -122,7 +135,14 @@ def _check_sizes(recipe: Recipe, stages: Collection[str]) -> None:
 
 def _check_clips(recipe: Recipe, stage: str) -> None:
     config, chunk_frames = getattr(recipe, stage), recipe.stream.history.chunk_frames
-    if not config.walks:
+    recalls = isinstance(config, DiTTrainingConfig) and config.num_recall_clips > 0
+    if recalls and recipe.stream.history.window_frames is None:
+        raise ConfigError(
+            f"{stage}.num_recall_clips={config.num_recall_clips} counts absences in windows, and the "
+            "history's is unlimited",
+            "set stream.history.window_frames",
+        )
+    if not config.walks and not recalls:
         raise ConfigError(
             f"{stage}.num_clips=0 and {stage}.num_first_clips=0 leave nothing to learn from", "raise either"
         )

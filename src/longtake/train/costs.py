@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
@@ -80,6 +81,13 @@ class Cost:
         """This work, while what the other holds of it is there too; its FLOPs are not counted here."""
         return replace(self + other, flops=self.flops)
 
+    def repeated(self, count: int) -> Cost:
+        """The same work so many times over, all of it kept until a backward pass."""
+        total = Cost()
+        for _ in range(count):
+            total += self
+        return total
+
     def times(self, count: float) -> Cost:
         """The same pass without gradients so many times over."""
         assert self.kept == 0, "what is kept adds up, pass by pass"
@@ -121,6 +129,47 @@ class DiTCosts:
             sink = min(past, self.history.sink_frames)
             past = sink + min(past - sink, self.history.local_frames)
         return past * self.frame_tokens
+
+    @property
+    def _memory_policy(self) -> EvolvingConfig | None:
+        """The policy, where it has a memory to read."""
+        policy = self.history.policy
+        on = isinstance(policy, EvolvingConfig) and policy.mode != "off" and self.config.memory is not None
+        return policy if on and isinstance(policy, EvolvingConfig) else None
+
+    def memory_tokens(self, chunk: int) -> float:
+        """Memory tokens that a stream's chunk reads, the mean over layers."""
+        policy, memory = self._memory_policy, self.config.memory
+        if policy is None or memory is None or chunk == 0:
+            return 0.0
+        if not policy.read_initially and self._evicted_frames(chunk, before=True) == 0:
+            return 0.0
+        readers = self.config.num_layers if policy.read_layers == "all" else len(policy.read_layers)
+        return memory.num_tokens * readers / self.config.num_layers
+
+    def memory_flops(self, rows: int, chunk: int) -> tuple[float, float]:
+        """Projecting the memory for a chunk to read, and taking in what the chunk's commit evicts."""
+        policy, memory = self._memory_policy, self.config.memory
+        if policy is None or memory is None:
+            return 0.0, 0.0
+        tokens, width = rows * memory.num_tokens, self.config.width
+        read = 4 * tokens * width**2 if self.memory_tokens(chunk) else 0.0
+        evicted = self._evicted_frames(chunk) * self.frame_tokens
+        if evicted == 0 or policy.mode != "update":
+            return read, 0.0
+        layer = tokens * (4 * width**2 + 4 * memory.ffn_ratio * width**2 + 4 * evicted * width)
+        return read, memory.num_layers * layer + 8 * tokens * width**2
+
+    def _evicted_frames(self, chunk: int, before: bool = False) -> int:
+        """Frames that leave when a chunk is committed, or that have left before it."""
+        if self.history.local_frames is None:
+            return 0
+
+        def gone(chunks: int) -> int:
+            frames = chunks * self.history.chunk_frames
+            return max(0, frames - self.history.sink_frames - (self.history.local_frames or 0))
+
+        return gone(chunk) if before else gone(chunk + 1) - gone(chunk)
 
     def kept_rows(self, rows: int, chunk: int) -> int:
         """Of rows that a walk without gradients commits, those that its window still holds at the end."""
@@ -189,6 +238,14 @@ class DiTCosts:
             history=history,
         )
 
+    def memory(self, rows: int, chunk: int, learns: bool) -> Cost:
+        """What a learned memory adds to a walk's chunk: read once, and updated by the commit.
+
+        Its activations are few, and not counted.
+        """
+        flops = sum(self.memory_flops(rows, chunk))
+        return Cost(flops=3 * flops if learns else flops)
+
     def _block_flops(self, rows: int, chunk: int) -> tuple[float, float]:
         """A block's linear layers, and its attention."""
         config = self.config
@@ -196,6 +253,7 @@ class DiTCosts:
         share = self._num_cross / config.num_layers
         linear = tokens * (8 * width**2 + 4 * width * config.ffn_width + share * 4 * width**2)
         keys = self.past_tokens(chunk) + self.chunk_tokens + share * config.text_length
+        keys += self.memory_tokens(chunk)
         return linear, 4 * tokens * keys * width
 
     def _edge_flops(self, rows: int) -> tuple[float, float]:
@@ -221,7 +279,7 @@ class DiTCosts:
         # is the residual stream itself), and what goes into the next product.
         modulated = 2 * _SINGLE + size
         norms = 2 * self._norm_bytes if config.qk_norm else 0.0
-        past = self.past_tokens(chunk)
+        past = self.past_tokens(chunk) + self.memory_tokens(chunk)
         read = (past + self.chunk_tokens) / self.chunk_tokens
         scores = config.num_heads * _HALF if self.arithmetic.keeps_scores else 0
         # Turned queries, output of attention and of its projection; keys and values read.

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from longtake.diffusion.flow import shift_sigmas
@@ -24,6 +24,7 @@ from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.prompts import EmbeddedPrompts
+from longtake.train.recall import RecallSource
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import Walk, at_sigma, stratified
 
@@ -58,9 +59,29 @@ class DiTTrainingConfig(ClipsPerStep):
     num_first_copies: int | None = Field(
         None, ge=1, description="noisy copies of chunks that are trained alone; None: as many as of others"
     )
+    num_recall_clips: int = Field(
+        0, ge=0, description="clips per step that ask for recall (`train.recall`); needs fresh clips"
+    )
+    recall_absence: tuple[float, float] = Field(
+        (1.0, 3.0), description="shortest and longest absence in them, in windows"
+    )
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
+
+    @model_validator(mode="after")
+    def _can_recall(self) -> DiTTrainingConfig:
+        low, high = self.recall_absence
+        if not 1 <= low <= high:
+            raise ConfigError(
+                f"recall_absence={self.recall_absence} is no range of absences", "use for instance [1.0, 3.0]"
+            )
+        if self.num_recall_clips > 0 and not self.fresh_clips:
+            raise ConfigError(
+                f"num_recall_clips={self.num_recall_clips} are rendered anew for every step",
+                "set fresh_clips=true",
+            )
+        return self
 
     def copies_of(self, num_chunks: int) -> int:
         """Noisy copies of each chunk of clips that are walked so far."""
@@ -107,6 +128,7 @@ class DiTTask:
         clips: source of whole clips; None likewise.
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
+        recall: source of clips that ask for recall; None where the stage has none.
     """
 
     def __init__(
@@ -118,6 +140,7 @@ class DiTTask:
         clips: ClipSource | None,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
+        recall: RecallSource | None = None,
     ) -> None:
         self.networks = module
         self.module: nn.Module = module
@@ -132,6 +155,7 @@ class DiTTask:
         self.config = config
         self.first_clips = first_clips
         self.clips = clips
+        self.recall = recall
         self.held_out = held_out
         self.optimizer = dit_optimizer(
             self.module,
@@ -157,10 +181,17 @@ class DiTTask:
             parts += self._walk(clips, num_chunks, weight, generator)
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
+        if self.recall is not None:
+            batch = self.recall.draw(rng, config.num_recall_clips)
+            asked = self._walk(batch.clips, len(batch.learned), weight, generator, batch.learned)
+            parts += asked
+            weights += [1.0] * len(asked)
         shares = torch.tensor(weights) / sum(weights)
         loss = (torch.stack([part for part, _, _ in parts]) * shares).sum()
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
+        if self.recall is not None:
+            figures["foreground_recall"] = float(torch.stack([error for _, error, _ in asked]).mean())
         read = [error for _, _, error in parts if error is not None]
         if read:
             guide = torch.stack(read).mean()
@@ -173,9 +204,14 @@ class DiTTask:
         return loss, figures
 
     def _walk(
-        self, clips: Clips, num_chunks: int, foreground_weight: float, generator: torch.Generator
+        self,
+        clips: Clips,
+        num_chunks: int,
+        foreground_weight: float,
+        generator: torch.Generator,
+        learned: Sequence[bool] | None = None,
     ) -> list[_Errors]:
-        """The errors of every chunk of the clips."""
+        """The errors of every chunk of the clips, or of those that are learned; the others are committed."""
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
         num_copies = config.copies_of(num_chunks)
         dropped = (torch.rand(num_clips, generator=generator) < config.text_dropout).tolist()
@@ -196,6 +232,9 @@ class DiTTask:
                 captions = prompts_in_force(prompts, span.start)
                 walk.set_text(self.networks.encode(captions))
             clean = latents[:, span]
+            if learned is not None and not learned[chunk]:
+                walk.commit(clean, learns=False)
+                continue
             sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)
             target = clean.repeat(num_copies, 1, 1, 1, 1)
             noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)

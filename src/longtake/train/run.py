@@ -34,13 +34,15 @@ from longtake.train.latents import (
 )
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.plan import DeviceKind, Machine, StagePlan
+from longtake.train.recall import RecallSource
 from longtake.train.samples import SampleRollouts
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
 
-Stage = Literal["vae", "latents", "first", "windows", "trajectory", "dmd", "decoder", "export"]
+Stage = Literal["vae", "latents", "first", "windows", "memory", "trajectory", "dmd", "decoder", "export"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
+WITHOUT_MEMORY: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != "memory")
 
 _NUM_CLIPS_FOR_STATISTICS = 64
 _NUM_TEACHER_STEPS = 32
@@ -54,16 +56,17 @@ class Recipe(Config):
         warm_start: model name or file whose weights the networks start from, also where the recipe's have
             grown (see `train.warm_start`); None starts from scratch.
         stages: vae (reconstruction), latents (encode clips once), first (first chunks only), windows (whole
-            clips through the history), trajectory (few steps and guidance, learned from the teacher's paths),
-            dmd (the same, matched to the teacher's distribution on self-rollouts),
-            decoder (the autoencoder's decoder alone, latents untouched), export (write the model file).
+            clips through the history), memory (the same with clips that ask for recall), trajectory (few
+            steps and guidance, learned from the teacher's paths), dmd (the same, matched to the teacher's
+            distribution on self-rollouts), decoder (the autoencoder's decoder alone, latents untouched),
+            export (write the model file).
     """
 
     name: str = Field(min_length=1)
     level: int = Field(1, ge=1, description="highest world level it is trained for")
     seed: int = 0
     warm_start: str | None = None
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = WITHOUT_MEMORY
     vae_model: TinyVAEConfig
     text_model: TinyTextConfig
     dit_model: DiTConfig
@@ -74,6 +77,7 @@ class Recipe(Config):
     held_out: LatentCacheConfig
     first: DiTTrainingConfig
     windows: DiTTrainingConfig
+    memory: DiTTrainingConfig = DiTTrainingConfig(num_recall_clips=2, num_clips=2, fresh_clips=True)
     trajectory: TrajectoryConfig
     dmd: DMDConfig
     decoder: VAETrainingConfig
@@ -157,6 +161,7 @@ def train(
         "latents": lambda: _cache_latents(recipe, networks, out),
         "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
         "windows": lambda: _train_dit(recipe, networks, out, "windows", recipe.windows, stop_after_seconds),
+        "memory": lambda: _train_dit(recipe, networks, out, "memory", recipe.memory, stop_after_seconds),
         "trajectory": lambda: _follow(recipe, networks, out, stop_after_seconds),
         "dmd": lambda: _match(recipe, networks, out, stop_after_seconds),
         "decoder": lambda: _train_decoder(recipe, networks, out, stop_after_seconds),
@@ -185,7 +190,7 @@ class _Networks:
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
-        for stage in ("first", "windows"):
+        for stage in ("first", "windows", "memory"):
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
         for stage in ("trajectory", "dmd"):
@@ -258,11 +263,26 @@ def _train_dit(
     history = recipe.stream.history
     clips = _load_clips(recipe, networks, out, config)
     rollouts = _rollouts(recipe, networks, clips[-1].captions, config.num_chunks)
-    task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts)
+    recall = _recall(recipe, networks, config)
+    task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts, recall)
     figures = run(task, config.loop, out / stage, seconds)
     if STOPPED_EARLY not in figures:
         networks.keep(stage, networks.text_to_latents)
     return figures
+
+
+def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> RecallSource | None:
+    window = recipe.stream.history.window_frames
+    if config.num_recall_clips == 0:
+        return None
+    assert window is not None, "checked before"
+    return RecallSource(
+        networks.require_vae(),
+        recipe.latents,
+        window * recipe.vae_model.temporal_stride,
+        config.recall_absence,
+        config.guide_weight > 0,
+    )
 
 
 def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:

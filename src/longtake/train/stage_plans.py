@@ -22,8 +22,11 @@ from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, 
 from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
 from longtake.train.latents import ClipsPerStep
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
+from longtake.train.recall import longest_chunks
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig, latent_probe, vae_optimizer
+
+_RECALL_PROMPTS = 4
 
 
 def on_meta(make: Callable[[], nn.Module], frozen: bool = False) -> nn.Module:
@@ -60,6 +63,15 @@ class Sizes:
     def costs(self, arithmetic: Arithmetic) -> DiTCosts:
         """Of the DiT's passes."""
         return DiTCosts(self.dit, self.history, self.height, self.width, arithmetic)
+
+    def recall_chunks(self, config: DiTTrainingConfig) -> tuple[int, int]:
+        """The most chunks of a clip that asks for recall, and the most that are learned from."""
+        stride, window = self.vae.temporal_stride, self.history.window_frames
+        assert window is not None, "recipes with recall clips have a window"
+        chunk = self.history.chunk_frames * stride
+        return longest_chunks(
+            round(config.recall_absence[1] * window * stride), chunk, self.width / self.height
+        )
 
     def text_cost(self, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
         """Of encoding prompts, to the end."""
@@ -99,6 +111,9 @@ def plan_dit(
         for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
             cost += costs.forward(copies * count + commits, chunk, True, commits)
+            cost += costs.memory(count, chunk, True)
+    if config.num_recall_clips > 0:
+        cost += _recall_walk(sizes, config, arithmetic)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
     with torch.device("meta"):
         probes = probes_of(module, config)
@@ -114,6 +129,20 @@ def plan_dit(
     networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
     networks |= probes
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
+
+
+def _recall_walk(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic) -> Cost:
+    """The longest walk through clips that ask for recall."""
+    costs, count = sizes.costs(arithmetic), config.num_recall_clips
+    num_chunks, num_learned = sizes.recall_chunks(config)
+    cost = sizes.text_cost(count, True, arithmetic).repeated(_RECALL_PROMPTS)
+    for chunk in range(num_chunks - num_learned):
+        cost += costs.forward(count, chunk, num_committed=costs.kept_rows(count, chunk))
+        cost += costs.memory(count, chunk, True)
+    for chunk in range(num_chunks - num_learned, num_chunks):
+        cost += costs.forward((config.num_copies + 1) * count, chunk, True, count)
+        cost += costs.memory(count, chunk, True)
+    return cost
 
 
 def plan_trajectory(
@@ -229,7 +258,10 @@ def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> 
     if not config.fresh_clips:
         return []
     stride, cost = sizes.vae.spatial_stride, Cost()
-    for count, num_chunks in config.walks:
+    walks = list(config.walks)
+    if isinstance(config, DiTTrainingConfig) and config.num_recall_clips > 0:
+        walks.append((config.num_recall_clips, sizes.recall_chunks(config)[0]))
+    for count, num_chunks in walks:
         frames = (
             count,
             num_chunks * sizes.history.chunk_frames,

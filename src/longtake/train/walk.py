@@ -87,9 +87,13 @@ class Walk:
         """Other prompts from the next chunk on, one row per clip; what the history holds stays as it is."""
         self._text = text
 
-    def commit(self, context_bfchw: Tensor) -> None:
-        """Commits a chunk without predicting anything."""
-        self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw)
+    def commit(self, context_bfchw: Tensor, *, learns: bool = True) -> None:
+        """Commits a chunk without predicting anything.
+
+        Where it `learns` nothing, gradients flow through what a policy makes of the frames that leave, and
+        nowhere else: a chain of such commits costs no activations of the DiT.
+        """
+        self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw, learns=learns)
 
     def _forward(
         self,
@@ -99,6 +103,7 @@ class Walk:
         observe: Observe | None = None,
         *,
         first_pass: bool = False,
+        learns: bool = True,
     ) -> Tensor:
         num_rows, num_frames = len(noisy_rfchw), noisy_rfchw.shape[1]
         inputs, times = noisy_rfchw, NUM_TRAIN_STEPS * sigma_r
@@ -107,16 +112,17 @@ class Walk:
             times = torch.cat([times, times.new_zeros(self._num_clips)])
         copies, rest = divmod(len(inputs), self._num_clips)
         assert rest == 0, "rows must be whole copies of the clips"
-        view = self._history.view(num_frames=num_frames)
-        view = (view if first_pass else view.after_first_pass()).repeat(copies)
-        flow, entries = self._dit(
-            inputs,
-            times[:, None].expand(-1, num_frames),
-            self._text.repeat(copies),
-            view,
-            recompute=self._recompute,
-            observe=observe,
-        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+            view = self._history.view(num_frames=num_frames)
+            view = (view if first_pass else view.after_first_pass()).repeat(copies)
+            flow, entries = self._dit(
+                inputs,
+                times[:, None].expand(-1, num_frames),
+                self._text.repeat(copies),
+                view,
+                recompute=self._recompute,
+                observe=observe,
+            )
         if context_bfchw is not None:
             self._history = self._history.commit(entries.select(slice(num_rows, None)))
         clean: Tensor = noisy_rfchw - sigma_r.view(-1, 1, 1, 1, 1) * flow[:num_rows].float()

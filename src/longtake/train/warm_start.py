@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from longtake.io.checkpoints import load_into
 
-_ADDED = ("decoder.middle_mix.", "decoder.fine_mix.", "decoder.last_mix.", "frame_embedding.")
-"""Layers that add to what goes past them and may start as they are."""
+_ADDED = ("decoder.middle_mix.", "decoder.fine_mix.", "decoder.last_mix.", "frame_embedding.", "memory.")
+"""Layers that add to what goes past them, or to what is read, and may start as they are."""
 _LONGER = ("position",)
 """One row per place; further rows start as they are."""
 _RESIZED = ("spatial_embedding.weight",)
@@ -18,7 +18,8 @@ _RESIZED = ("spatial_embedding.weight",)
 
 
 def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
-    """Load weights into a module that may have grown: longer prompts, another token grid, finer time mixing.
+    """Load weights into a module that may have grown: longer prompts, another token grid, finer time mixing,
+    a memory.
 
     Args:
         module: the small VAE, text encoder or DiT.

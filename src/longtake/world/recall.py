@@ -22,7 +22,7 @@ import numpy as np
 from longtake.world.captions import AWAY_PHRASE, BACK_PHRASE, Described, Split, write_caption
 from longtake.world.errors import WorldError
 from longtake.world.motion import Camera, Glide
-from longtake.world.sampling import EDGE_MARGIN, Draw, draw_hills, draw_object
+from longtake.world.sampling import Draw, draw_hills, draw_object
 from longtake.world.scene import Scene, SceneObject, Segment
 from longtake.world.vocabulary import (
     BACKGROUNDS,
@@ -129,6 +129,7 @@ def recall_scene(
     align: Align = lambda frame: frame,
     split: Split = "any",
     aspect: float = 1.0,
+    earliest_back: int = 0,
 ) -> RecallScene:
     """The recall scene of a seed.
 
@@ -139,21 +140,22 @@ def recall_scene(
         align: The first frame at or after a given one at which a prompt can come into force.
         split: Of the other objects and of the wordings; "train" and "heldout" as in `sample_scene`.
         aspect: Width of the view over its height.
+        earliest_back: The camera does not go back before this frame.
 
     Raises:
         WorldError: A negative seed, an absence that is too short for the camera to come to rest, or an
             impossible view.
     """
-    glide_frames = Glide(0.0, aspect, GLIDE_SPEED_PX / REFERENCE_HEIGHT, 0).num_frames
     if seed < 0 or aspect < 1:
         raise WorldError(
             f"seed {seed} and aspect {aspect:g} make no scene",
             "use a seed of 0 or more and an aspect of 1 or more",
         )
-    if absence_frames < glide_frames:
+    glide = glide_frames(aspect)
+    if absence_frames < glide:
         raise WorldError(
             f"an absence of {absence_frames} frames ends before the camera is at rest",
-            f"use {glide_frames} frames or more",
+            f"use {glide} frames or more",
         )
     draw = Draw(seed, _KEY)
     colour, shape, size = target
@@ -177,7 +179,7 @@ def recall_scene(
     ]
     left_at = _first(segments[-1], starts[2], lambda share: share <= 0)
     # It comes into view when the camera has gone back as far as it went until it was out.
-    starts.append(align(max(starts[2] + away.num_frames, left_at + absence_frames - glide_frames)))
+    starts.append(align(max(starts[2] + away.num_frames, left_at + absence_frames - glide, earliest_back)))
     while True:
         back = Glide(aspect, 0.0, speed, starts[3])
         last = Segment(starts[3], (seen, third), background, hills, back, segments[2].caption)
@@ -189,6 +191,23 @@ def recall_scene(
     home_at = starts[3] + back.num_frames
     scene = Scene(seed=seed, level=RECALL_LEVEL, aspect=aspect, segments=(*segments, last))
     return RecallScene(scene, seen, left_at, back_at, home_at, align(home_at + WATCHED_FRAMES))
+
+
+def glide_frames(aspect: float = 1.0) -> int:
+    """How long the camera takes to the next view, and so the shortest absence."""
+    return Glide(0.0, aspect, GLIDE_SPEED_PX / REFERENCE_HEIGHT, 0).num_frames
+
+
+def longest_recall_frames(absence_frames: int, align_frames: int, aspect: float = 1.0) -> tuple[int, int]:
+    """No recall scene of an absence is longer than the first number, nor its part from the prompt that leads
+    back on than the second; for prompts that come into force every `align_frames` at the latest.
+    """
+    glide = glide_frames(aspect)
+    wait = align_frames
+    back = glide + WATCHED_FRAMES + wait
+    # Shown at the latest; the target is out when the camera rests; the way back may begin that much later.
+    before = OPENING_FRAMES + SHOWN_FRAMES + 2 * wait + max(glide, absence_frames) + wait
+    return before + glide + back, back
 
 
 def narrative_scene(
@@ -271,8 +290,8 @@ def _first(segment: Segment, start: int, holds: Callable[[float], bool]) -> int:
 
 
 def _share_in_view(item: SceneObject, camera: Camera | Glide, frame: int) -> float:
-    """Share of an object's width in view, its blurred edge included; 0 where it is out, 1 where whole."""
+    """Share of an object's width in view, a pixel of blurred edge included; 0 where it is out."""
     times = np.array([frame])
     x = float(item.path.centers(times)[0, 0] - camera.offsets(times)[0])
-    left, right = (reach + EDGE_MARGIN for reach in item.reach[:2])
+    left, right = (reach + 1 / REFERENCE_HEIGHT for reach in item.reach[:2])
     return float(np.clip((x + right) / (left + right), 0.0, 1.0))

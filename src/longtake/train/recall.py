@@ -1,0 +1,119 @@
+"""Fresh clips that ask for recall, and which of their chunks there is something to learn from.
+
+What was shown leaves the view for longer than the window and comes back unnamed (`world.recall`). While the
+camera rests elsewhere nothing is asked of a memory but to last: those chunks are only committed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from longtake.models.tiny_vae import TinyVAE
+from longtake.train.latents import Clips, Excerpt, LatentCacheConfig, encode_clips
+from longtake.world.recall import (
+    RecallScene,
+    glide_frames,
+    longest_recall_frames,
+    recall_scene,
+    recall_targets,
+)
+
+_NUM_SEEDS = 1 << 30
+LEARNED_AFTER_AWAY = 4
+"""Chunks from the one on in which the camera leaves."""
+
+
+@dataclass(frozen=True)
+class RecallBatch:
+    """Clips of one length, and for every chunk whether it is learned from or only committed."""
+
+    clips: Clips
+    learned: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class RecallSource:
+    """Recall scenes of the training split, other ones in every step.
+
+    Args:
+        vae: encodes them.
+        config: their size, split and chunks; its number of frames does not matter.
+        window_frames: of the model's window, in pixel frames.
+        absence: shortest and longest absence in windows; drawn once for a batch, evenly in its logarithm, and
+            never shorter than the camera's way.
+        guided: with the guide, see `train.guide`.
+    """
+
+    vae: TinyVAE
+    config: LatentCacheConfig
+    window_frames: int
+    absence: tuple[float, float]
+    guided: bool = False
+
+    def draw(self, rng: np.random.Generator, count: int) -> RecallBatch:
+        """Scenes that follow from the generator's state alone, as long as the longest of them."""
+        low, high = (math.log(value) for value in self.absence)
+        frames = round(math.exp(low + (high - low) * float(rng.random())) * self.window_frames)
+        aspect = self.config.width / self.config.height
+        frames = max(frames, glide_frames(aspect))
+        seeds = self.config.first_seed + rng.integers(_NUM_SEEDS, size=count)
+        targets = recall_targets(count, int(rng.integers(_NUM_SEEDS)), self.config.split)
+
+        def scenes_from(earliest_back: int) -> list[RecallScene]:
+            return [
+                recall_scene(
+                    int(seed), target, frames, self._boundary, self.config.split, aspect, earliest_back
+                )
+                for seed, target in zip(seeds, targets, strict=True)
+            ]
+
+        # All go back at the same time, so that they are learned from in the same chunks.
+        scenes = scenes_from(max(made.back_from for made in scenes_from(0)))
+        num_chunks = self._chunk_at(scenes[0].num_frames)
+        config = self.config.replace(num_latent_frames=num_chunks * self.config.chunk_frames)
+        excerpts = [
+            Excerpt(
+                made.scene,
+                0,
+                tuple(
+                    (self._chunk_at(start) * config.chunk_frames, text) for start, text in made.scene.captions
+                ),
+                True,
+            )
+            for made in scenes
+        ]
+        away, back = self._chunk_at(scenes[0].away_from), self._chunk_at(scenes[0].back_from)
+        learned = tuple(
+            chunk >= back or away <= chunk < away + LEARNED_AFTER_AWAY for chunk in range(num_chunks)
+        )
+        return RecallBatch(encode_clips(self.vae, excerpts, config, self.guided), learned)
+
+    def _boundary(self, frame: int) -> int:
+        """First pixel frame of the first chunk that begins at or after a frame."""
+        return self._start_of(self._chunk_at(frame))
+
+    def _chunk_at(self, frame: int) -> int:
+        """Index of the first chunk that begins at or after a pixel frame."""
+        stride, chunk = self.vae.config.temporal_stride, self.config.chunk_frames
+        # The first latent frame is one pixel frame: chunk i > 0 begins at 1 + (i * chunk - 1) * stride.
+        return max(0, -(-(frame - 1 + stride) // (chunk * stride))) if frame > 0 else 0
+
+    def _start_of(self, chunk: int) -> int:
+        stride = self.vae.config.temporal_stride
+        return 1 + (chunk * self.config.chunk_frames - 1) * stride if chunk > 0 else 0
+
+
+def longest_chunks(absence_frames: int, chunk_pixel_frames: int, aspect: float) -> tuple[int, int]:
+    """Upper ends of a batch's chunks, and of those that are learned from (for plans).
+
+    Args:
+        absence_frames: the longest absence, in pixel frames.
+        chunk_pixel_frames: pixel frames of a chunk.
+        aspect: width of the view over its height.
+    """
+    whole, back = longest_recall_frames(absence_frames, chunk_pixel_frames, aspect)
+    chunks = -(-whole // chunk_pixel_frames)
+    return chunks, min(chunks, LEARNED_AFTER_AWAY + -(-back // chunk_pixel_frames))

@@ -1,0 +1,196 @@
+"""Clips that ask for recall, walks that learn from the memory's chain alone, and the stage that uses both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from counting import measured, some_clips
+from longtake.errors import ConfigError, TrainingError
+from longtake.eval.script import Chunking
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
+from longtake.models.memory import MemoryEncoderConfig
+from longtake.models.tiny_vae import TinyVAE
+from longtake.stream.bundle import load_model
+from longtake.stream.session import Stream
+from longtake.train.dit import DiTTask, DiTTrainingConfig
+from longtake.train.latents import LatentCacheConfig
+from longtake.train.plan import Machine
+from longtake.train.recall import RecallSource, longest_chunks
+from longtake.train.run import Recipe, train
+from longtake.train.walk import Walk
+from longtake.world import parse_caption
+from toy_training import CAPTIONS, DIT, HISTORY, VAE, loop, networks, recipe
+
+PLENTY = Machine("cpu", 10**15)
+MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frames=1, num_layers=1)
+RECALLING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
+
+
+def source(**changes: object) -> RecallSource:
+    torch.manual_seed(0)
+    config = LatentCacheConfig(chunk_frames=3, height=16, width=16)
+    settings = {"window_frames": 48, "absence": (1.0, 2.0), **changes}
+    return RecallSource(TinyVAE(VAE).requires_grad_(False), config, **settings)  # type: ignore[arg-type]
+
+
+def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> None:
+    made = source()
+    batch = made.draw(np.random.default_rng(3), 3)
+    again = made.draw(np.random.default_rng(3), 3)
+    assert torch.equal(batch.clips.latents_bfchw, again.clips.latents_bfchw)
+    assert batch.learned == again.learned
+    assert batch.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
+    targets = set()
+    for prompts in batch.clips.prompts:
+        starts = [start for start, _ in prompts]
+        assert len(starts) == 4
+        assert all(start % 3 == 0 for start in starts)
+        target = parse_caption(prompts[1][1]).objects[0]
+        targets.add((target.colour, target.shape, target.size))
+        away, back = starts[2] // 3, starts[3] // 3
+        assert all(batch.learned[away : away + 4])
+        assert all(batch.learned[back : back + 7])
+    assert not any(batch.learned[:7])
+    assert len(targets) == 3
+    assert sum(batch.learned) < len(batch.learned)
+
+
+def test_chunks_begin_where_serving_has_them() -> None:
+    made = source()
+    for frame in range(200):
+        assert made._boundary(frame) == Chunking().boundary(frame)
+
+
+@pytest.mark.parametrize("absence", [(1.0, 1.0), (3.0, 3.0), (0.1, 0.1)])
+def test_no_batch_is_longer_than_planned(absence: tuple[float, float]) -> None:
+    made = source(absence=absence)
+    most, most_learned = longest_chunks(round(absence[1] * 48), 12, 1.0)
+    for seed in range(5):
+        batch = made.draw(np.random.default_rng(seed), 2)
+        assert most - 11 <= len(batch.learned) <= most
+        assert sum(batch.learned) <= most_learned
+
+
+def test_commits_that_learn_nothing_still_teach_the_memory() -> None:
+    """What left long ago reaches the loss through the chain of updates alone."""
+    module = networks(DIT.replace(memory=MEMORY))
+    walk = Walk(module.dit, RECALLING, module.encode(CAPTIONS), 3, 4, 4)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        walk.commit(torch.randn(3, 2, 4, 4, 4, generator=generator), learns=False)
+    noisy = torch.randn(3, 2, 4, 4, 4, generator=generator)
+    walk.predict(noisy, torch.full((3,), 0.7)).square().mean().backward()
+    network = module.dit.memory
+    assert network is not None
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+    # Keys of the past were made without gradients, so only the last chunk's own pass reaches the DiT.
+    history = [torch.randn(3, 2, 4, 4, 4, generator=generator) for _ in range(2)]
+    grads = []
+    for learns in (False, True):
+        learned = Walk(module.dit, RECALLING, module.encode(CAPTIONS), 3, 4, 4)
+        for chunk in history:
+            learned.commit(chunk, learns=learns)
+        module.zero_grad()
+        learned.predict(noisy, torch.full((3,), 0.7)).square().mean().backward()
+        weight = module.dit.patch_embedding.weight.grad
+        assert weight is not None
+        grads.append(weight.clone())
+    assert not torch.allclose(*grads)
+
+
+def remembering(**memory: object) -> Recipe:
+    made = recipe()
+    settings = {
+        "loop": loop(2),
+        "num_clips": 1,
+        "num_chunks": 2,
+        "num_recall_clips": 2,
+        "num_copies": 1,
+        "recall_absence": (2.5, 3.0),
+        "fresh_clips": True,
+        **memory,
+    }
+    return made.replace(
+        stages=("vae", "latents", "memory", "export"),
+        dit_model=DIT.replace(memory=MEMORY),
+        stream=made.stream.replace(history=RECALLING),
+        memory=DiTTrainingConfig(**settings),  # type: ignore[arg-type]
+    )
+
+
+def test_the_stage_trains_the_memory_and_exports_a_model_that_streams_with_it(tmp_path: Path) -> None:
+    made = remembering()
+    train(made, tmp_path)
+    model = load_model(str(tmp_path / "toy.safetensors"))
+    assert model.pipeline.dit.memory is not None
+    stream = Stream(model.pipeline, "a red circle bouncing on white")
+    for _ in range(5):
+        next(stream)
+    assert stream.engine.history.record(0).num_absorbed > 0
+    log = (tmp_path / "memory" / "log.jsonl").read_text()
+    assert "foreground_recall" in log
+    # A run that was stopped in between ends with the same weights.
+    stopped = tmp_path / "stopped"
+    train(made, stopped, stages=("vae", "latents"))
+    train(made, stopped, stages=("memory",), stop_after_seconds=0)
+    assert not (stopped / "memory" / "weights.safetensors").exists()
+    train(made, stopped)
+    for name in ("memory/weights.safetensors", "toy.safetensors"):
+        assert (tmp_path / name).read_bytes() == (stopped / name).read_bytes()
+
+
+def test_flops_of_a_memory_are_counted() -> None:
+    made = remembering(num_recall_clips=0, num_clips=2, num_first_clips=0, num_chunks=3)
+    size = {"height": 32, "width": 32}
+    caches = {name: getattr(made, name).replace(**size) for name in ("first_latents", "latents", "held_out")}
+    made = made.replace(stream=made.stream.replace(**size), **caches)
+    plan = made.plan("memory", PLENTY)
+    assert plan is not None
+    some = some_clips()
+    task = DiTTask(networks(made.dit_model), made.stream.history, made.memory, None, some, some)
+    flops, _ = measured(task.learners[""], [task.module], 0, False)
+    assert plan.flops["walks"] == pytest.approx(flops, rel=0.05)
+    without = made.replace(dit_model=DIT, stream=made.stream.replace(history=HISTORY)).plan("memory", PLENTY)
+    assert without is not None
+    assert plan.flops["walks"] > without.flops["walks"]
+
+
+def test_recall_clips_are_planned_and_halved() -> None:
+    made = remembering()
+    plan = made.plan("memory", PLENTY)
+    fewer = remembering(num_recall_clips=1).plan("memory", PLENTY)
+    assert plan is not None
+    assert fewer is not None
+    for part in ("walks", "encoding of fresh clips"):
+        assert plan.flops[part] > fewer.flops[part]
+    assert plan.activations[0] > fewer.activations[0]
+    with pytest.raises(TrainingError, match="memory.num_recall_clips=1"):
+        remembering(num_clips=0).check(("memory",), Machine("cpu", round(0.9 * plan.num_bytes)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda: remembering(recall_absence=(3.0, 1.0)), "no range of absences"),
+        (lambda: remembering(recall_absence=(0.5, 1.0)), "no range of absences"),
+        (lambda: remembering(fresh_clips=False), "rendered anew"),
+        (lambda: remembering().replace(dit_model=DIT), "dit_model.memory is null"),
+        (
+            lambda: remembering().replace(
+                stream=recipe().stream.replace(history=RECALLING.replace(positions=Relative(f_max=4)))
+            ),
+            "do not fit f_max=4",
+        ),
+        (lambda: DIT.replace(memory=MEMORY.replace(width=48)), "does not fit a DiT of width 24"),
+    ],
+)
+def test_settings_that_cannot_remember_are_refused(change: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        change().check(("memory",), PLENTY)  # type: ignore[operator]
