@@ -214,26 +214,27 @@ def measure_long_run(
     }
 
 
-def measure_pairs(near: Stream, far: Stream, num_pairs: int) -> dict[str, Any]:
-    """Chunk times of two streams that take turns, and how they compare.
+def measure_pairs(
+    near: Stream, far: Stream, num_pairs: int, names: tuple[str, str] = ("just_full", "far")
+) -> dict[str, Any]:
+    """Chunk times of two streams that take turns, and how the second compares with the first.
 
     The order changes with every pair, so that neither always finds the other's data in the processor's
     caches.
     """
-    seconds: dict[str, list[float]] = {"just_full": [], "far": []}
+    first, second = names
+    seconds: dict[str, list[float]] = {first: [], second: []}
     for pair in range(num_pairs):
-        turns = [("just_full", near), ("far", far)]
+        turns = [(first, near), (second, far)]
         for name, stream in reversed(turns) if pair % 2 else turns:
             began = time.perf_counter()
             next(stream)
             seconds[name].append(time.perf_counter() - began)
     return {
-        "just_full_seconds": spread(seconds["just_full"]),
-        "far_seconds": spread(seconds["far"]),
-        "ratio_of_medians": statistics.median(seconds["far"]) / statistics.median(seconds["just_full"]),
-        "ratio_within_pairs": spread(
-            [b / a for a, b in zip(seconds["just_full"], seconds["far"], strict=True)]
-        ),
+        f"{first}_seconds": spread(seconds[first]),
+        f"{second}_seconds": spread(seconds[second]),
+        "ratio_of_medians": statistics.median(seconds[second]) / statistics.median(seconds[first]),
+        "ratio_within_pairs": spread([b / a for a, b in zip(seconds[first], seconds[second], strict=True)]),
     }
 
 

@@ -1,0 +1,100 @@
+"""The cost of a memory: counted as torch counts it, at Wan's size as published, and every figure is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from counting import counter
+from longtake.bench.memory import (
+    SETTINGS,
+    WAN_1_3B,
+    MemoryBenchConfig,
+    MemorySetting,
+    bars,
+    count,
+    with_memory,
+)
+from longtake.cli import main
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
+from longtake.stream.session import Stream
+from model_file import write_model
+from tiny_parts import small_pipeline
+
+
+def flops_of_a_chunk(policy: EvolvingConfig | None, setting: MemorySetting) -> int:
+    pipeline = with_memory(small_pipeline(), setting)
+    history = pipeline.config.history
+    if policy is not None:
+        pipeline = pipeline.with_history(history.replace(policy=policy))
+    stream = Stream(pipeline, "a red ball", decode=False)
+    for _ in range(6):
+        next(stream)
+    with counter() as counted:
+        next(stream)
+    return counted.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        MemorySetting(frames=2, layers=1),
+        MemorySetting(frames=1, readers=1, ffn_ratio=2),
+        MemorySetting(frames=3, tokens=0.5),
+    ],
+)
+def test_a_memory_costs_what_torch_counts(setting: MemorySetting) -> None:
+    pipeline = with_memory(small_pipeline(), setting)
+    history, policy = pipeline.config.history, pipeline.config.history.policy
+    assert isinstance(policy, EvolvingConfig)
+    counted = count(pipeline.dit.config, history, policy, pipeline.latent_shape[2:], 3)
+    off = flops_of_a_chunk(policy.replace(mode="off"), setting)
+    on = flops_of_a_chunk(None, setting)
+    assert counted.plain == pytest.approx(off, rel=0.01)
+    assert counted.keys + counted.read + counted.update == pytest.approx(on - off, rel=0.02)
+
+
+def test_the_published_setting_costs_what_is_published() -> None:
+    """Three frames read in all layers: about 14 % at a window of 12 frames, the update 0.6 %."""
+    grid, history = (30, 52), HistoryConfig(window_frames=12)
+    dit = WAN_1_3B.replace(memory=SETTINGS["paper"].encoder(WAN_1_3B, grid))
+    assert dit.memory is not None
+    assert dit.memory.num_tokens == 4680
+    counted = count(dit, history, SETTINGS["paper"].policy(dit), (60, 104), 5)
+    assert counted.keys / counted.plain == pytest.approx(0.14, abs=0.01)
+    assert counted.update / counted.plain == pytest.approx(0.006, abs=0.001)
+
+
+def test_readers_are_spread_and_hold_the_last_layer() -> None:
+    assert MemorySetting(readers=1).policy(WAN_1_3B).read_layers == (29,)
+    assert MemorySetting(readers=6).policy(WAN_1_3B).read_layers == (4, 9, 14, 19, 24, 29)
+    assert MemorySetting(readers=30).policy(WAN_1_3B).read_layers == tuple(range(30))
+    assert MemorySetting().policy(WAN_1_3B).read_layers == "all"
+    with pytest.raises(ConfigError, match="readers=31"):
+        MemorySetting(readers=31).policy(WAN_1_3B)
+    with pytest.raises(ConfigError, match="does not hold sink"):
+        MemoryBenchConfig(window_frames=5)
+
+
+def test_the_command_reports_every_figure_and_its_bar(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model.safetensors")
+    out = tmp_path / "new" / "bench.json"
+    assert main(["bench", "memory", "--model-path", str(model), "--num-pairs", "3", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["model"]["trained_memory"] is False
+    assert set(report["counted"]["wan_1_3b"]) == set(SETTINGS)
+    for name in ("chunk", "latents"):
+        assert report["time"][name]["memory_seconds"]["num"] == 3
+    printed = capsys.readouterr().out
+    assert "with an untrained memory" in printed
+    assert printed.count("met\n") == 2
+    worse = {**report, "time": {"chunk": {"ratio_of_medians": 1.2}}}
+    assert [bar["met"] for bar in bars(worse)] == [True, False]
