@@ -98,6 +98,7 @@ def small_pipeline(
     guidance: float | None = None,
     opening: tuple[int, ...] | None = None,
     temperature: float = 1.0,
+    opening_guidance: float | None = None,
     **history: Any,
 ) -> Pipeline:
     """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2, ``opening``
@@ -112,6 +113,7 @@ def small_pipeline(
         opening_schedule=Schedule(steps=opening) if opening is not None else None,
         temperature=temperature,
         guidance=guidance,
+        opening_guidance=opening_guidance,
         negative_prompt="bad",
     )
     learned = isinstance(config.history.policy, EvolvingConfig)

@@ -35,6 +35,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"opening": (1000, 800, 600, 400, 200)},
     {"opening": (1000, 700, 300), "guidance": 1.5, "temperature": 0.5},
     {"temperature": 0.7},
+    {"opening_guidance": 3.0},
+    {"opening_guidance": 3.0, "guidance": 1.5, "positions": Relative(f_max=6)},
     {"policy": EvolvingConfig(), "positions": Relative(f_max=10)},
     {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
 ]
@@ -129,6 +131,30 @@ def test_chunks_that_open_something_take_the_opening_steps() -> None:
 
     stream.set_prompt("green square", window="keep")
     assert [forwards(stream)[1] for _ in range(2)] == [6, 3]
+
+
+def test_chunks_that_open_something_may_be_guided_more() -> None:
+    plain, opened = play(small_pipeline(), 3), play(small_pipeline(opening_guidance=2.0), 3)
+    guided = play(small_pipeline(guidance=2.0), 3)
+    # The first chunk has no past, so that it does not matter whose both branches would read.
+    assert_same(opened[0], guided[0])
+    assert not torch.allclose(opened[0].latents, plain[0].latents, atol=1e-3)
+    for one in (plain, guided):
+        assert not torch.allclose(opened[1].latents, one[1].latents, atol=1e-3)
+    both = play(small_pipeline(guidance=1.5, opening_guidance=2.0), 2)
+    assert_same(both[0], guided[0])
+    assert not torch.allclose(both[1].latents, guided[1].latents, atol=1e-3)
+    stream = Stream(small_pipeline(opening_guidance=2.0), "a red ball", 3)
+    rows: list[int] = []
+    stream.engine.pipeline.dit.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
+    for index in range(3):
+        if index == 2:
+            stream.set_prompt("green square", window="keep")
+        rows.clear()
+        next(stream)
+        assert rows == ([2, 2, 1] if index != 1 else [1, 1, 1])
+    assert stream.state.negative_slot is None
+    assert small_pipeline(opening_guidance=2.0).with_sampler(guidance=1).config.opening_guidance is None
 
 
 def test_another_sampler_for_the_same_networks() -> None:

@@ -228,7 +228,7 @@ def _configured(pipeline: Pipeline, arguments: Arguments) -> Pipeline:
     if arguments.negative_prompt:
         changes["negative_prompt"] = arguments.negative_prompt
     config = pipeline.config.replace(**changes)
-    if config.negative_prompt and config.guidance is None:
+    if config.negative_prompt and config.guidance is None and config.opening_guidance is None:
         raise UsageError(
             f"--negative-prompt {arguments.negative_prompt!r} does nothing without guidance",
             "give --guidance-scale, for instance 2",

@@ -54,9 +54,12 @@ class Engine:
         self._steps = config.schedule.resolve()
         opening = config.opening_schedule
         self._opening_steps = self._steps if opening is None else opening.resolve()
-        self._negative = pipeline.encode_prompt(config.negative_prompt) if self.guided else None
+        opens_guided = config.opening_guidance is not None
+        self._negative = (
+            pipeline.encode_prompt(config.negative_prompt) if self.guided or opens_guided else None
+        )
         self._streams: list[StreamState | None] = [None] * num_streams
-        self._texts: tuple[list[TextContext], TextContext] | None = None
+        self._texts: dict[bool, tuple[list[TextContext], TextContext]] = {}
 
     # ---- streams
 
@@ -141,6 +144,7 @@ class Engine:
                 self._switch(state, state.pending, state.pending_text)
                 state.pending = state.pending_text = None
         same = self._opening_steps == self._steps and config.temperature == 1
+        same = same and config.opening_guidance is None
         if same or all(opens) or not any(opens):
             clean = self._generate(states, opens[0])
         else:
@@ -168,7 +172,10 @@ class Engine:
         steps = self._opening_steps if opening else self._steps
         slots = [state.slot for state in states]
         rows = slots + [state.negative_slot for state in states if state.negative_slot is not None]
-        text = self._stacked([state.text for state in states])
+        guidance = config.guidance
+        if opening and config.opening_guidance is not None:
+            guidance = config.opening_guidance
+        texts = [state.text for state in states]
         view = self.history.view(rows)
         noise = chunk_noise(
             [state.seed for state in states],
@@ -178,9 +185,13 @@ class Engine:
         )
         scale = 1.0 if opening else config.temperature
         noise = [scale * step.to(self.pipeline.device, non_blocking=True) for step in noise]
-        dit = self.pipeline.dit
-        clean = sample_chunk(dit, text, view, noise, steps, guidance=config.guidance)
-        plans = self.history.commit(context_pass(dit, text, view, clean, guided=self.guided), rows)
+        dit, guided = self.pipeline.dit, guidance is not None
+        text = self._stacked(texts, guided)
+        # Where only openings are guided there is one history, which both branches read.
+        seen = view.repeat(2) if guided and not self.guided else view
+        clean = sample_chunk(dit, text, seen, noise, steps, guidance=guidance)
+        own = self._stacked(texts, self.guided)
+        plans = self.history.commit(context_pass(dit, own, view, clean, guided=self.guided), rows)
         self._keep(clean, slots, plans[: len(slots)])
         return clean
 
@@ -238,15 +249,18 @@ class Engine:
                 frames[row] = bytes_bthwc[i]
         return frames
 
-    def _stacked(self, texts: list[TextContext]) -> TextContext:
-        """The rows' prompts as one context, made again only when a prompt or the batch has changed."""
-        if self._texts is not None:
-            before, stacked = self._texts
-            if len(before) == len(texts) and all(a is b for a, b in zip(before, texts, strict=True)):
-                return stacked
-        negative = [self._negative] * len(texts) if self._negative is not None else []
+    def _stacked(self, texts: list[TextContext], guided: bool) -> TextContext:
+        """The rows' prompts as one context, and the negative prompt for as many rows where they are guided;
+        made again only when a prompt or the batch has changed.
+        """
+        before = self._texts.get(guided)
+        if before is not None:
+            same = len(before[0]) == len(texts) and all(a is b for a, b in zip(before[0], texts, strict=True))
+            if same:
+                return before[1]
+        negative = [self._negative] * len(texts) if guided and self._negative is not None else []
         stacked = TextContext.stack([*texts, *negative])
-        self._texts = (texts, stacked)
+        self._texts[guided] = (texts, stacked)
         return stacked
 
     def _check_own(self, states: Sequence[StreamState]) -> None:

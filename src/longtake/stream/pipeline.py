@@ -33,6 +33,8 @@ class StreamConfig(Config):
             decided by what was; below 1 less of the model's own doubt gets into it (calmer paths, steadier
             shapes; far below 1, slower motion).
         guidance: scale of classifier-free guidance, which doubles the cost; None for none.
+        opening_guidance: the same of chunks that open something, on which most of a prompt is decided; None
+            for `guidance`. Where other chunks have none, both branches read the same past.
         negative_prompt: what guidance leads away from.
     """
 
@@ -44,6 +46,7 @@ class StreamConfig(Config):
     opening_schedule: Schedule | None = None
     temperature: float = Field(default=1.0, ge=0, le=2)
     guidance: float | None = Field(default=None, ge=0)
+    opening_guidance: float | None = Field(default=None, ge=0)
     negative_prompt: str = ""
 
 
@@ -100,7 +103,7 @@ class Pipeline:
         Args:
             num_steps: denoising steps of every chunk, opening ones too; where it is not the model's own
                 number, they are evenly spaced.
-            guidance: scale of classifier-free guidance; 1 for none.
+            guidance: scale of classifier-free guidance of every chunk; 1 for none.
 
         Raises:
             ConfigError: not 1 to 1000 steps.
@@ -110,7 +113,7 @@ class Pipeline:
             changes["schedule"] = self.config.schedule.with_num_steps(num_steps)
             changes["opening_schedule"] = None
         if guidance is not None:
-            changes["guidance"] = None if guidance == 1 else guidance
+            changes |= {"guidance": None if guidance == 1 else guidance, "opening_guidance": None}
         return dataclasses.replace(self, config=self.config.replace(**changes)) if changes else self
 
     def with_history(self, history: HistoryConfig) -> Pipeline:
