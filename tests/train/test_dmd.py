@@ -9,9 +9,12 @@ from longtake.diffusion.flow import Schedule
 from longtake.diffusion.sampler import context_pass, sample_chunk
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryView
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
+from longtake.models.memory import MemoryEncoderConfig
 from longtake.train.dmd import DMDConfig, DMDTask, _Script
-from toy_training import CAPTIONS, HISTORY, loop, networks
+from toy_training import CAPTIONS, DIT, HISTORY, loop, networks
 
 SCHEDULE = Schedule(steps=(1000, 600, 300), shift=2.0)
 
@@ -65,7 +68,7 @@ def test_a_rollout_is_what_serving_would_make() -> None:
         for seed in range(100)
         if int(torch.randint(3, (1,), generator=torch.Generator().manual_seed(seed))) == 2
     )
-    chunks = matched._rollout(plain(CAPTIONS), torch.Generator().manual_seed(seed), learn=False)
+    _, chunks = matched._rollout(plain(CAPTIONS), torch.Generator().manual_seed(seed), learn=False)
     generator = torch.Generator().manual_seed(seed)
     torch.randint(3, (1,), generator=generator)
     text = matched.module.encode(CAPTIONS)
@@ -83,7 +86,7 @@ def test_a_prompt_switch_reaches_all_three_networks() -> None:
     matched = task()
     other = ["a green star"] * 3
     made = [
-        matched._rollout(script, torch.Generator().manual_seed(1), learn=False)
+        matched._rollout(script, torch.Generator().manual_seed(1), learn=False)[1]
         for script in (plain(CAPTIONS), _Script(CAPTIONS, other, 1))
     ]
     assert torch.equal(made[0][0], made[1][0])
@@ -95,9 +98,10 @@ def test_a_prompt_switch_reaches_all_three_networks() -> None:
             _Script(CAPTIONS, after, 2),
             torch.Generator().manual_seed(5),
         )
-        matched._rollout = lambda script, generator, learn: [  # type: ignore[method-assign,misc]
-            torch.ones(3, 2, 4, 4, 4) for _ in range(3)
-        ]
+        matched._rollout = lambda script, generator, learn: (  # type: ignore[method-assign,misc]
+            [],
+            [torch.ones(3, 2, 4, 4, 4) for _ in range(3)],
+        )
         losses.append([float(loss(0, 0.0)[0]) for loss in (matched.generator_loss, matched.critic_loss)])
     assert losses[0][1] != losses[1][1]  # the critic reads it
     assert losses[0][0] != losses[1][0]  # so does the guided teacher, or the critic in the generator's loss
@@ -116,7 +120,7 @@ def test_rollouts_are_as_cold_as_serving() -> None:
             s for s in range(99) if not torch.randint(3, (1,), generator=torch.Generator().manual_seed(s))
         )
         generator = torch.Generator().manual_seed(exit_at_once)
-        ends.append(matched._rollout(plain(CAPTIONS), generator, learn=False))
+        ends.append(matched._rollout(plain(CAPTIONS), generator, learn=False)[1])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -133,7 +137,7 @@ def test_the_share_of_rollouts_that_switch() -> None:
 @torch.no_grad()
 def far(matched: DMDTask) -> float:
     """Mean distance of a rollout's last chunk from the teacher's picture."""
-    chunks = matched._rollout(plain(CAPTIONS), torch.Generator().manual_seed(0), learn=False)
+    _, chunks = matched._rollout(plain(CAPTIONS), torch.Generator().manual_seed(0), learn=False)
     teacher = matched._guided_teacher(CAPTIONS)
     picture = teacher.predict(torch.randn(chunks[0].shape), torch.full((len(CAPTIONS),), 0.5))
     return float((chunks[-1] - picture).abs().mean())
@@ -205,7 +209,7 @@ def test_flow_errors_are_errors_of_the_flow() -> None:
     matched.critic.dit.register_forward_hook(note)
     loss, _ = matched.critic_loss(0, 0.0)
     script, generator = matched._draw(0, 1)
-    clean = torch.cat(matched._rollout(script, generator, learn=False), dim=1).detach()
+    clean = torch.cat(matched._rollout(script, generator, learn=False)[1], dim=1).detach()
     x, sigma = noisy[0], noisy[1].view(-1, 1, 1, 1, 1)
     noise = (x - (1 - sigma) * clean) / sigma
     expected = (seen[0] - (noise - clean)).square().mean()
@@ -228,3 +232,86 @@ def test_recomputed_blocks_change_nothing() -> None:
         for ours, theirs in pairs:
             assert ours.grad is not None
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_lead_is_the_same_stream_from_further_back() -> None:
+    matched = task(num_chunks=5)
+    seeds = [torch.Generator().manual_seed(4) for _ in range(2)]
+    _, whole = matched._rollout(_Script(CAPTIONS, CAPTIONS, 99), seeds[0], learn=False)
+    led = task(num_chunks=2, max_lead_chunks=3)
+    lead, scored = led._rollout(_Script(CAPTIONS, CAPTIONS, 99, lead=3), seeds[1], learn=False)
+    assert (len(lead), len(scored)) == (3, 2)
+    for one, other in zip([*lead, *scored], whole, strict=True):
+        assert torch.equal(one, other)
+    drawn = {led._draw(step, 0)[0].lead for step in range(60)}
+    assert drawn == {0, 1, 2, 3}
+    for loss in (led.generator_loss, led.critic_loss):
+        value, _ = loss(0, 0.0)
+        assert torch.isfinite(value)
+
+
+def test_scores_know_the_lead() -> None:
+    """Teacher and critic judge chunks by the past that led to them."""
+    losses = []
+    for change in (0.0, 1.0):
+        matched = task(max_lead_chunks=2)
+        with torch.no_grad():
+            for parameter in matched.critic.parameters():
+                parameter.add_(0.05)
+        lead = [torch.full((3, 2, 4, 4, 4), change) for _ in range(2)]
+        matched._rollout = lambda script, generator, learn, lead=lead: (  # type: ignore[method-assign,misc]
+            lead,
+            [torch.ones(3, 2, 4, 4, 4, requires_grad=learn) for _ in range(3)],
+        )
+        losses.append(
+            [float(loss(0, 0.0)[0].detach()) for loss in (matched.generator_loss, matched.critic_loss)]
+        )
+    assert losses[0][0] != losses[1][0]
+    assert losses[0][1] != losses[1][1]
+
+
+REMEMBERING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
+MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frames=1, num_layers=1)
+
+
+def taught(exit_step: int, **settings: object) -> set[str]:
+    """Parameters of the memory that a rollout of the generator reaches."""
+    student = networks(DIT.replace(memory=MEMORY))
+    config = DMDConfig(loop=loop(4), num_clips=3, num_chunks=2).replace(**settings)
+    matched = DMDTask(
+        student, copy.deepcopy(student), REMEMBERING, SCHEDULE, config, CAPTIONS, CAPTIONS[:2], (4, 4, 4)
+    )
+    seed = next(
+        s
+        for s in range(99)
+        if int(torch.randint(3, (1,), generator=torch.Generator().manual_seed(s))) == exit_step
+    )
+    script = _Script(CAPTIONS, CAPTIONS, 99, lead=6)
+    _, scored = matched._rollout(script, torch.Generator().manual_seed(seed), learn=True)
+    torch.stack(scored).square().mean().backward()  # type: ignore[no-untyped-call]
+    assert student.dit.memory is not None
+    return {
+        name
+        for name, parameter in student.dit.memory.named_parameters()
+        if parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+    }
+
+
+def test_credit_of_the_memory() -> None:
+    readers = {"to_k.weight", "to_k.bias", "to_v.weight", "to_v.bias"}
+    every = taught(1, memory_credit="chain")
+    assert every > readers
+    assert "gate_linear.weight" in every
+    assert "query_init" in every
+    assert taught(1, memory_credit="none") <= readers
+    # As published, rollouts that stop at a later step than the first one do not teach the updates.
+    assert taught(1, memory_credit="first_exit") <= readers
+    assert taught(0, memory_credit="first_exit") == every
+    # Some updates back the state counts as given, so that the learned start is out of reach.
+    assert taught(1, credit_updates=2) == every - {"query_init"}
+
+
+def test_scores_of_whole_clips_have_no_lead() -> None:
+    with pytest.raises(ConfigError, match="sees no past"):
+        DMDConfig(scores="clips", max_lead_chunks=2)

@@ -45,8 +45,28 @@ class DMDConfig(Config):
     num_chunks: int = Field(7, ge=1, description="chunks of a rollout")
     critic_updates: int = Field(5, ge=1, description="updates of the critic for one of the generator")
     num_critic_copies: int = Field(2, ge=1, description="noisy copies of each chunk for the critic")
+    max_lead_chunks: int = Field(
+        0,
+        ge=0,
+        description="chunks before those that are scored: their number is drawn from 0 to this for every "
+        "step, so that the model meets its own long videos",
+    )
+    memory_credit: Literal["none", "first_exit", "chain"] = Field(
+        "chain",
+        description="which rollouts teach what a policy learns from evicted frames: first_exit: those that "
+        "stop at the first step, as published; chain: all",
+    )
+    credit_updates: int | None = Field(
+        None,
+        ge=1,
+        description="gradients flow through so many of a memory's last updates; None: through all of a "
+        "rollout, its lead included",
+    )
     switch_share: float = Field(
-        0.0, ge=0, le=1, description="share of steps in whose rollouts all prompts switch at a random chunk"
+        0.0,
+        ge=0,
+        le=1,
+        description="share of steps in whose rollouts all prompts switch at a random scored chunk",
     )
     scores: Literal["chunks", "clips"] = Field(
         "chunks",
@@ -81,6 +101,11 @@ class DMDConfig(Config):
                 f"min_score_sigma={self.min_score_sigma} is not below max_score_sigma={self.max_score_sigma}",
                 "use for instance 0.02 and 0.98",
             )
+        if self.scores == "clips" and self.max_lead_chunks > 0:
+            raise ConfigError(
+                f'scores="clips" sees no past, and max_lead_chunks={self.max_lead_chunks} makes some',
+                'use max_lead_chunks=0 or scores="chunks"',
+            )
         if self.scores == "clips" and self.switch_share > 0:
             raise ConfigError(
                 f'scores="clips" shows a clip one prompt, and switch_share={self.switch_share} switches some',
@@ -99,11 +124,14 @@ def score_history(config: DMDConfig, history: HistoryConfig) -> HistoryConfig:
 
 @dataclass(frozen=True)
 class _Script:
-    """The prompts of a batch of rollouts: `before`, and from chunk `switch` on `after`."""
+    """The prompts of a batch of rollouts: `before`, and from scored chunk `switch` on `after`; `lead` chunks
+    precede the scored ones.
+    """
 
     before: list[str]
     after: list[str]
     switch: int
+    lead: int = 0
 
     @property
     def num_clips(self) -> int:
@@ -186,10 +214,14 @@ class DMDTask:
     def generator_loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Half the squared distance to where the difference of the scores points (DMD's surrogate)."""
         script, generator = self._draw(step, _GENERATOR)
-        pieces = self._pieces(self._rollout(script, generator, learn=True))
+        lead, chunks = self._rollout(script, generator, learn=True)
+        pieces = self._pieces(chunks)
         with torch.no_grad():
             critic = self._score_walk(script.before)
             teacher = self._guided_teacher(script.before)
+            for chunk in lead:
+                critic.commit(chunk)
+                teacher.commit(chunk)
         losses, sizes, moves = [], [], []
         for index, chunk in enumerate(pieces):
             if index == script.switch:
@@ -220,8 +252,12 @@ class DMDTask:
         config = self.config
         script, generator = self._draw(step, _CRITIC)
         with torch.no_grad():
-            pieces = self._pieces(self._rollout(script, generator, learn=False))
+            lead, chunks = self._rollout(script, generator, learn=False)
+        pieces = self._pieces(chunks)
         walk = self._score_walk(script.before)
+        with torch.no_grad():
+            for chunk in lead:
+                walk.commit(chunk)
         losses = []
         for index, clean in enumerate(pieces):
             if index == script.switch:
@@ -270,30 +306,43 @@ class DMDTask:
         switches = config.num_chunks > 1 and rng.random() < config.switch_share
         switch = 1 + int(rng.integers(config.num_chunks - 1)) if switches else config.num_chunks
         texts = [[self._captions[int(row)] for row in rows] for rows in (before, after)]
-        return _Script(texts[0], texts[1], switch), generator
+        lead = int(rng.integers(config.max_lead_chunks + 1)) if config.max_lead_chunks else 0
+        return _Script(texts[0], texts[1], switch, lead), generator
 
-    def _rollout(self, script: _Script, generator: torch.Generator, learn: bool) -> list[Tensor]:
-        """Chunks [b,f,c,h,w] as serving would make them, but ending at one random step for all."""
+    def _rollout(
+        self, script: _Script, generator: torch.Generator, learn: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Chunks [b,f,c,h,w] as serving would make them, but ending at one random step for all: those of the
+        lead, which learn nothing, and those to be scored.
+        """
+        config = self.config
         exit_step = int(torch.randint(len(self._sigmas), (1,), generator=generator))
         walk = self._walk(self.module, script.before, self.history)
         shape = (script.num_clips, *self._shape)
-        chunks = []
-        for number in range(self.config.num_chunks):
-            if number == script.switch:
+        chunks: list[Tensor] = []
+        total, switch = script.lead + config.num_chunks, script.lead + script.switch
+        credits_memory = config.memory_credit == "chain" or (
+            config.memory_credit == "first_exit" and exit_step == 0
+        )
+        for number in range(total):
+            if number == switch:
                 walk.set_text(self.module.encode(script.after))
-            scale = 1.0 if number in (0, script.switch) else self._temperature
+            scale = 1.0 if number in (0, switch) else self._temperature
+            learns = learn and number >= script.lead
             noisy = scale * self._noise(shape, generator)
             for index in range(exit_step + 1):
                 sigma = torch.full((script.num_clips,), self._sigmas[index], device=self._device)
-                with torch.set_grad_enabled(learn and index == exit_step):
+                with torch.set_grad_enabled(learns and index == exit_step):
                     clean = walk.predict(noisy, sigma, first_pass=index == 0)
                 if index < exit_step:
                     following = torch.full_like(sigma, self._sigmas[index + 1])
                     noisy = at_sigma(clean, scale * self._noise(shape, generator), following)
-            with torch.no_grad():
-                walk.commit(clean.detach())
+            with torch.set_grad_enabled(learn and credits_memory):
+                walk.commit(clean.detach(), learns=False)
+            if config.credit_updates is not None and number < total - config.credit_updates:
+                walk.detach()
             chunks.append(clean)
-        return chunks
+        return chunks[: script.lead], chunks[script.lead :]
 
     def _score_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         sigmas = shift_sigmas(stratified(count, generator), self.config.score_shift)

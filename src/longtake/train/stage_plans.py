@@ -199,20 +199,30 @@ def dmd_phases(
     """What distribution matching does with a batch, for whatever networks.
 
     A rollout ends at a step drawn uniformly, so that on average (S + 1) / 2 of S denoising passes run, of
-    which the last of each chunk learns.
+    which the last of each chunk learns. A lead has half of its most chunks.
     """
     count, num_early = config.num_clips, (len(schedule.steps) - 1) / 2
     rollout, learning = generator.text(count, False), generator.text(count, True)
     scores = critic.text(count, False) + teacher.text(2 * count, False)
     follows = critic.text(count, True)
     num_pieces = config.num_chunks if config.scores == "chunks" else 1
-    for chunk in range(config.num_chunks):
+    lead = config.max_lead_chunks // 2
+    for chunk in range(lead + config.num_chunks):
         plain = generator.costs.forward(count, chunk)
         context = generator.costs.forward(count, chunk, num_committed=generator.costs.kept_rows(count, chunk))
         rollout += plain.times(num_early + 1) + context
-        learning += plain.times(num_early) + context + generator.costs.forward(count, chunk, True)
-    for piece in range(num_pieces):
-        commits = int(piece < num_pieces - 1)
+        memory = generator.costs.memory(count, chunk, config.memory_credit != "none")
+        if chunk < lead:
+            learning += plain.times(num_early + 1) + context + memory
+            for role, rows in ((critic, count), (teacher, 2 * count)):
+                commit = role.costs.forward(rows, chunk, num_committed=role.costs.kept_rows(rows, chunk))
+                scores += commit
+                follows += commit if role is critic else Cost()
+        else:
+            learning += plain.times(num_early) + context + memory
+            learning += generator.costs.forward(count, chunk, True)
+    for piece in range(lead, lead + num_pieces):
+        commits = int(piece < lead + num_pieces - 1)
         for role, rows in ((critic, count), (teacher, 2 * count)):
             kept = commits * role.costs.kept_rows(rows, piece)
             scores += role.costs.forward((1 + commits) * rows, piece, num_committed=kept)

@@ -95,6 +95,10 @@ class Walk:
         """
         self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw, learns=learns)
 
+    def detach(self) -> None:
+        """Cuts all that was committed off from gradients, a memory's state included."""
+        self._history = self._history.detach()
+
     def _forward(
         self,
         noisy_rfchw: Tensor,
