@@ -1,10 +1,17 @@
 """Walks through clips: guided ones against plain ones, recomputed ones against remembered ones."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
+from longtake.stream.engine import Engine
+from longtake.stream.state import PromptSwitch
 from longtake.train.walk import GuidedWalk, Walk
+from tiny_parts import small_pipeline
 from toy_training import CAPTIONS, HISTORY, networks
 
 
@@ -59,3 +66,34 @@ def test_recomputed_blocks_give_the_same_gradients_from_less_memory(dtype: torch
     for name, gradient in plain.items():
         torch.testing.assert_close(again[name], gradient, atol=1e-6, rtol=1e-5)
     assert again_bytes < 0.5 * plain_bytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sink", ["keep", "reencode", "drop"])
+@pytest.mark.parametrize("memory", ["keep", "rebuild", "reset"])
+@pytest.mark.parametrize("window", ["keep", "reencode"])
+@pytest.mark.parametrize("at", [1, 5])
+def test_a_switch_does_to_a_walk_what_it_does_to_a_stream(
+    sink: Any, memory: Any, window: Any, at: int
+) -> None:
+    pipeline = small_pipeline(policy=EvolvingConfig(), positions=Relative(f_max=10))
+    engine = Engine(pipeline)
+    state = engine.open("a red ball", 3)
+    text = pipeline.encode_prompt("a red ball")
+    walk = Walk(pipeline.dit, pipeline.config.history, text, 1, *pipeline.latent_shape[2:])
+    switch = PromptSwitch(text="green square", sink=sink, memory=memory, window=window)
+    noisy = torch.randn(1, *pipeline.latent_shape, generator=torch.Generator().manual_seed(0))
+    for chunk in range(at + 3):
+        if chunk == at:
+            text = pipeline.encode_prompt(switch.text)
+            engine.set_prompt(state, switch)
+            walk.switch(text, switch)
+        [made] = engine.advance([state], decode=False)
+        walk.commit(made.latents[None])
+        if chunk >= at:
+            view = engine.history.view([state.slot])
+            flow, _ = pipeline.dit(noisy, noisy.new_full(noisy.shape[:2], 700.0), text, view)
+            expected = noisy - 0.7 * flow
+            torch.testing.assert_close(
+                walk.predict(noisy, torch.tensor([0.7])), expected, atol=1e-4, rtol=1e-4
+            )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from longtake.cache.spec import CacheSpec
 from longtake.config import Config
 from longtake.errors import ConfigError, HistoryError
 from longtake.history.policies import AnyPolicy
-from longtake.history.positions import Absolute, Positions, Relative
+from longtake.history.positions import Absolute, Positions, Relative, aligned_to_frames, segment_ids
 from longtake.history.window import WindowConfig
 from longtake.ops.rope import Phases, grid_phases, rotate
 
@@ -194,6 +195,68 @@ def split_queries(entries: Entries) -> tuple[Entries, tuple[Tensor, ...] | None]
 def frame_mask(mask_ff: Tensor, tokens_per_frame: int) -> Tensor:
     """Spread a bool mask between frames to their tokens, ``[1, 1, t, t]``."""
     return mask_ff.repeat_interleave(tokens_per_frame, 0).repeat_interleave(tokens_per_frame, 1)[None, None]
+
+
+@dataclass(frozen=True)
+class Reencoding:
+    """A block-causal pass over frames that a history holds: they see the chunks before their own and their
+    own. The memory is not read: it is rebuilt from what such a pass makes.
+
+    Args:
+        frames: indices in the stream of the frames to pass, oldest first.
+        own_ids: their temporal ids. ``sink_ids``: of the sink that they read, empty where it is not read.
+        mask_tt: between their tokens.
+    """
+
+    frames: tuple[int, ...]
+    own_ids: tuple[int, ...]
+    sink_ids: tuple[int, ...]
+    mask_tt: Tensor
+
+    def view(
+        self,
+        segments: tuple[Entries, ...],
+        spec: CacheSpec,
+        grid: tuple[int, int],
+        device: torch.device | str,
+    ) -> HistoryView:
+        """What the frames read, beside themselves these segments whole."""
+        past_tokens = sum(segment.num_tokens for segment in segments)
+        mask_tk = F.pad(self.mask_tt, (past_tokens, 0), value=True).to(device)
+        phases = frame_phases([self.own_ids], grid, spec, device)
+        return HistoryView(segments, phases, len(self.frames), grid, mask_tk)
+
+
+def plan_reencoding(
+    config: HistoryConfig,
+    frame_tokens: int,
+    sink: Sequence[int],
+    local: Sequence[int],
+    *,
+    own_sink: bool,
+    own_local: bool,
+    read_sink: bool,
+) -> Reencoding:
+    """Which frames a pass encodes again, and with which ids.
+
+    Args:
+        config: chunks and positions.
+        frame_tokens: tokens of a frame.
+        sink, local: indices of the frames held.
+        own_sink, own_local: which segments are encoded again, one of them at least.
+        read_sink: the sink is read as it is (and not encoded again).
+    """
+    assert own_sink or own_local
+    assert not (own_sink and read_sink)
+    sink = sink if own_sink or read_sink else ()
+    local = local if own_local else ()
+    last = local or sink
+    ids = aligned_to_frames(segment_ids(config.positions, sink if local else (), 0, (), last), last)
+    frames = (*(sink if own_sink else ()), *local)
+    own_ids = (*(ids.sink if own_sink and local else ()), *ids.current)
+    chunk_f = torch.tensor(frames) // config.chunk_frames
+    mask_tt = frame_mask(chunk_f[:, None] >= chunk_f[None], frame_tokens)
+    return Reencoding(frames, own_ids, ids.sink if read_sink and local else (), mask_tt)
 
 
 def full_view(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +16,14 @@ from torch import Tensor
 from longtake.cache.base import Entries
 from longtake.cache.spec import CacheSpec
 from longtake.errors import HistoryError
-from longtake.history.base import HistoryConfig, HistoryView, check_ids_fit, frame_phases, split_queries
+from longtake.history.base import (
+    HistoryConfig,
+    HistoryView,
+    check_ids_fit,
+    frame_phases,
+    plan_reencoding,
+    split_queries,
+)
 from longtake.history.policy import Evicted, Policy, PolicyState
 from longtake.history.positions import aligned_to_frames, segment_ids
 from longtake.history.window import WindowPolicy
@@ -149,7 +157,9 @@ class PureHistory:
         new = Piece(frames, entries, entries.rotated(self._phases(frames), self.spec))
         sink, local = self.sink, self.local
         to_sink = min(num_frames, self.config.sink_frames - len(self.sink_frames))
-        if to_sink == num_frames:
+        if local:  # a sink that was dropped fills with what leaves the window
+            local = (*local, new)
+        elif to_sink == num_frames:
             sink = (*sink, new)
         elif to_sink > 0:
             head, tail = new.split(to_sink)
@@ -157,6 +167,12 @@ class PureHistory:
         else:
             local = (*local, new)
         kept, evicted = self._evict(local)
+        while evicted and self.config.sink_frames > (have := sum(len(piece.frames) for piece in sink)):
+            moved, *others = evicted
+            if len(moved.frames) > self.config.sink_frames - have:
+                moved, rest = moved.split(self.config.sink_frames - have)
+                others = [rest, *others]
+            sink, evicted = (*sink, moved), tuple(others)
         num_evicted = self.num_evicted + sum(len(piece.frames) for piece in evicted)
         state, before = self.state, None
         if self.policy.memory_grid is not None:
@@ -171,6 +187,59 @@ class PureHistory:
             state=state,
             before=before if self.policy.reads_late else None,
         )
+
+    def reencode_view(
+        self, *, own_sink: bool, own_local: bool, read_sink: bool
+    ) -> tuple[tuple[int, ...], HistoryView]:
+        """Frames to encode again and the view to pass them with; see `base.plan_reencoding`."""
+        plan = plan_reencoding(
+            self.config,
+            self.grid[0] * self.grid[1],
+            self.sink_frames,
+            self.local_frames,
+            own_sink=own_sink,
+            own_local=own_local,
+            read_sink=read_sink,
+        )
+        segments: tuple[Entries, ...] = ()
+        if plan.sink_ids:
+            raw = Entries.cat([piece.raw for piece in self.sink])
+            segments = (raw.rotated(self._phases(plan.sink_ids), self.spec),)
+        return plan.frames, plan.view(segments, self.spec, self.grid, self.device)
+
+    def rewrite(self, entries: Entries, frames: Sequence[int]) -> PureHistory:
+        """The history with other entries for all of its local frames, and for its sink where it is among the
+        frames.
+        """
+        entries, _ = split_queries(entries)
+        tokens, first = self.grid[0] * self.grid[1], 0
+        segments = [self.sink, self.local]
+        for i, held in enumerate((self.sink_frames, self.local_frames)):
+            given = tuple(frame for frame in frames if frame in held)
+            if not given:
+                continue
+            assert given == held, "whole segments are encoded again"
+            raw = entries.tokens(first * tokens, (first + len(given)) * tokens)
+            segments[i] = (Piece(given, raw, raw.rotated(self._phases(given), self.spec)),)
+            first += len(given)
+        sink, local = segments
+        return replace(self, sink=sink, local=local)
+
+    def with_memory(self, do: Literal["rebuild", "reset"]) -> PureHistory:
+        """The memory as at the start, or as if the local frames had left once, without being dropped."""
+        if self.policy.memory_grid is None or not (self.sink or self.local):
+            return self
+        raw = [piece.raw for piece in (*self.sink, *self.local)]
+        example = next(iter(raw[0].layers[0].values()))
+        state = self.policy.start(raw[0].num_rows, example.device, example.dtype)
+        local = self.local_frames if do == "rebuild" else ()
+        if local:
+            state = self._absorb(state, self.local, None)
+        return replace(self, state=state, before=None, num_evicted=len(local))
+
+    def without_sink(self) -> PureHistory:
+        """The sink forgotten; the frames that leave the window next become the new one."""
+        return replace(self, sink=())
 
     def detach(self) -> PureHistory:
         """The same content, cut off from autograd."""

@@ -23,8 +23,8 @@ from longtake.history.base import (
     HistoryConfig,
     HistoryView,
     check_ids_fit,
-    frame_mask,
     frame_phases,
+    plan_reencoding,
     split_queries,
 )
 from longtake.history.policy import Policy, Surroundings
@@ -218,26 +218,22 @@ class SlotHistory:
             chunks before their own and their own. The memory is not read: it is rebuilt from what this pass
             makes.
         """
-        assert own_sink or own_local
-        assert not (own_sink and read_sink)
         record = self.record(slot)
-        sink = record.sink if own_sink or read_sink else []
-        local = record.local if own_local else []
-        last = local or sink
-        ids = aligned_to_frames(segment_ids(self.config.positions, sink if local else [], 0, [], last), last)
-        frames = (sink if own_sink else []) + local
-        own_ids = (ids.sink if own_sink and local else ()) + ids.current
+        plan = plan_reencoding(
+            self.config,
+            self._storage.frame_tokens,
+            record.sink,
+            record.local,
+            own_sink=own_sink,
+            own_local=own_local,
+            read_sink=read_sink,
+        )
         segments: tuple[Entries, ...] = ()
-        if read_sink and sink:
-            self._turn_sinks([slot], [ids])
-            [(start, stop)] = self._storage.ranges(len(sink), 0)
+        if plan.sink_ids:
+            self._turn_sinks([slot], [SegmentIds(plan.sink_ids, (), (), ())])
+            [(start, stop)] = self._storage.ranges(len(plan.sink_ids), 0)
             segments = (self._storage.read([slot], start, stop),)
-        chunk_f = torch.tensor(frames) // self.config.chunk_frames
-        own_mask_tt = frame_mask(chunk_f[:, None] >= chunk_f[None], self._storage.frame_tokens)
-        past_tokens = segments[0].num_tokens if segments else 0
-        mask = torch.nn.functional.pad(own_mask_tt, (past_tokens, 0), value=True).to(self.device)
-        phases = frame_phases([own_ids], self.grid, self.spec, self.device)
-        return frames, HistoryView(segments, phases, len(frames), self.grid, mask)
+        return list(plan.frames), plan.view(segments, self.spec, self.grid, self.device)
 
     # ---- writing
 

@@ -18,6 +18,7 @@ from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
+from longtake.stream.state import PromptSwitch
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
@@ -58,6 +59,10 @@ class DiTTrainingConfig(ClipsPerStep):
     )
     num_first_copies: int | None = Field(
         None, ge=1, description="noisy copies of chunks that are trained alone; None: as many as of others"
+    )
+    switch: PromptSwitch = Field(
+        PromptSwitch(text="", memory="keep"),
+        description="what becomes of the past where a clip's prompt switches; its text does not matter",
     )
     num_recall_clips: int = Field(
         0, ge=0, description="clips per step that ask for recall (`train.recall`); needs fresh clips"
@@ -230,7 +235,7 @@ class DiTTask:
             span = slice(chunk * frames, (chunk + 1) * frames)
             if prompts_in_force(prompts, span.start) != captions:
                 captions = prompts_in_force(prompts, span.start)
-                walk.set_text(self.networks.encode(captions))
+                walk.switch(self.networks.encode(captions), config.switch)
             clean = latents[:, span]
             if learned is not None and not learned[chunk]:
                 walk.commit(clean, learns=False)
@@ -299,7 +304,7 @@ class DiTTask:
             span = slice(chunk * frames, (chunk + 1) * frames)
             if prompts_in_force(clips.prompts, span.start) != captions:
                 captions = prompts_in_force(clips.prompts, span.start)
-                walk.set_text(self.networks.encode(captions))
+                walk.switch(self.networks.encode(captions), self.config.switch)
             clean, mask = latents[:, span], foreground[:, span]
             if chunk in (0, num_chunks - 1):
                 name = "first" if chunk == 0 else "last"

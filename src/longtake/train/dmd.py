@@ -28,6 +28,7 @@ from longtake.diffusion.flow import Schedule, shift_sigmas
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Absolute
+from longtake.stream.state import PromptSwitch
 from longtake.train.dit import TextToLatents, dit_optimizer
 from longtake.train.loop import Learner, LoopConfig
 from longtake.train.optim import AdamWConfig, MuonAdamW
@@ -67,6 +68,10 @@ class DMDConfig(Config):
         ge=0,
         le=1,
         description="share of steps in whose rollouts all prompts switch at a random scored chunk",
+    )
+    switch: PromptSwitch = Field(
+        PromptSwitch(text=""),
+        description="what becomes of the past at these switches, as in serving; its text does not matter",
     )
     scores: Literal["chunks", "clips"] = Field(
         "chunks",
@@ -226,8 +231,9 @@ class DMDTask:
         for index, chunk in enumerate(pieces):
             if index == script.switch:
                 with torch.no_grad():
-                    critic.set_text(self.critic.encode(script.after))
-                    teacher.set_text(self._teacher.encode(self._with_negative(script.after)))
+                    switch = self.config.switch
+                    critic.switch(self.critic.encode(script.after), switch)
+                    teacher.switch(self._teacher.encode(self._with_negative(script.after)), switch)
             clean = chunk.detach()
             sigma = self._score_sigmas(len(clean), generator)
             noisy = at_sigma(clean, self._noise(clean.shape, generator), sigma)
@@ -261,7 +267,7 @@ class DMDTask:
         losses = []
         for index, clean in enumerate(pieces):
             if index == script.switch:
-                walk.set_text(self.critic.encode(script.after))
+                walk.switch(self.critic.encode(script.after), config.switch)
             target = clean.repeat(config.num_critic_copies, 1, 1, 1, 1)
             sigma = self._score_sigmas(len(target), generator)
             noisy = at_sigma(target, self._noise(target.shape, generator), sigma)
@@ -326,7 +332,9 @@ class DMDTask:
         )
         for number in range(total):
             if number == switch:
-                walk.set_text(self.module.encode(script.after))
+                text = self.module.encode(script.after)
+                with torch.set_grad_enabled(learn and credits_memory):
+                    walk.switch(text, config.switch, learns=False)
             scale = 1.0 if number in (0, switch) else self._temperature
             learns = learn and number >= script.lead
             noisy = scale * self._noise(shape, generator)

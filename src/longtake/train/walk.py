@@ -19,6 +19,7 @@ from longtake.diffusion.flow import NUM_TRAIN_STEPS, add_noise
 from longtake.history.base import HistoryConfig
 from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
+from longtake.stream.state import PromptSwitch
 
 Observe = Callable[[int, Tensor], None]
 
@@ -51,6 +52,7 @@ class Walk:
         self._text = text
         self._num_clips = num_clips
         self._recompute = recompute
+        self._clean: dict[int, Tensor] = {}  # the latents [b,c,h,w] of every frame that the history holds
         grid = dit.token_grid(height, width)
         self._history = PureHistory(
             history,
@@ -86,6 +88,32 @@ class Walk:
     def set_text(self, text: TextContext) -> None:
         """Other prompts from the next chunk on, one row per clip; what the history holds stays as it is."""
         self._text = text
+
+    def switch(self, text: TextContext, switch: PromptSwitch, *, learns: bool = True) -> None:
+        """Other prompts from the next chunk on, and what a switch in serving does with the past.
+
+        Args:
+            text: one row per clip.
+            switch: what becomes of sink, memory and window; its own text does not matter.
+            learns: gradients flow through what is encoded again.
+        """
+        self._text = text
+        if switch.sink == "drop":
+            self._history = self._history.without_sink()
+        held = self._history
+        own_sink = switch.sink == "reencode" and bool(held.sink)
+        own_local = switch.window == "reencode" and bool(held.local)
+        if own_sink or own_local:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+                frames, view = held.reencode_view(
+                    own_sink=own_sink, own_local=own_local, read_sink=not own_sink
+                )
+                clean = torch.stack([self._clean[frame] for frame in frames], dim=1)
+                times = clean.new_zeros(clean.shape[:2])
+                _, entries = self._dit(clean, times, text, view, recompute=self._recompute)
+                self._history = held.rewrite(entries, frames)
+        if switch.memory != "keep":
+            self._history = self._history.with_memory(switch.memory)
 
     def commit(self, context_bfchw: Tensor, *, learns: bool = True) -> None:
         """Commits a chunk without predicting anything.
@@ -128,7 +156,11 @@ class Walk:
                 observe=observe,
             )
         if context_bfchw is not None:
+            first = self._history.next_frame
             self._history = self._history.commit(entries.select(slice(num_rows, None)))
+            self._clean |= {first + i: context_bfchw[:, i] for i in range(num_frames)}
+            held = {*self._history.sink_frames, *self._history.local_frames}
+            self._clean = {frame: latents for frame, latents in self._clean.items() if frame in held}
         clean: Tensor = noisy_rfchw - sigma_r.view(-1, 1, 1, 1, 1) * flow[:num_rows].float()
         return clean
 
@@ -172,6 +204,10 @@ class GuidedWalk:
     def set_text(self, text: TextContext) -> None:
         """Other prompts from the next chunk on, rows as at the start."""
         self._walk.set_text(text)
+
+    def switch(self, text: TextContext, switch: PromptSwitch) -> None:
+        """As `Walk.switch`, on both sides; rows as at the start."""
+        self._walk.switch(text, switch)
 
     def _guided(self, clean: Tensor) -> Tensor:
         with_text, without = clean.unflatten(0, (-1, 2, self._num_clips)).unbind(1)  # type: ignore[no-untyped-call]
