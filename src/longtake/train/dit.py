@@ -18,7 +18,6 @@ from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.stream.state import PromptSwitch
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, Prompts
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
@@ -59,10 +58,6 @@ class DiTTrainingConfig(ClipsPerStep):
     )
     num_first_copies: int | None = Field(
         None, ge=1, description="noisy copies of chunks that are trained alone; None: as many as of others"
-    )
-    switch: PromptSwitch = Field(
-        PromptSwitch(text="", memory="keep"),
-        description="what becomes of the past where a clip's prompt switches; its text does not matter",
     )
     num_recall_clips: int = Field(
         0, ge=0, description="clips per step that ask for recall (`train.recall`); needs fresh clips"

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from longtake.config import Config
 from longtake.errors import TrainingError
 from longtake.models.tiny_vae import TinyVAE
+from longtake.stream.state import PromptSwitch
 from longtake.train.guide import guide_of
 from longtake.train.loop import autocast_dtype
 from longtake.world import VERSION, Scene, render, render_masks, sample_scene
@@ -132,6 +133,10 @@ class ClipsPerStep(Config):
     )
     fresh_clips: bool = Field(
         False, description="render and encode clips anew for every step instead of reading a cache"
+    )
+    switch: PromptSwitch = Field(
+        PromptSwitch(text="", memory="keep"),
+        description="what becomes of the past where a clip's prompt switches; its text does not matter",
     )
 
     @property

@@ -189,8 +189,8 @@ class _Pair:
         captions = prompts_in_force(self._clips.prompts, frame)
         if captions != self._captions:
             self._captions = captions
-            self.student.set_text(self._task.module.encode(captions))
-            self.teacher.set_text(self._teachers_text())
+            self.student.switch(self._task.module.encode(captions), self._task.config.switch)
+            self.teacher.switch(self._teachers_text(), self._task.config.switch)
 
     def path(self, noise_bfchw: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's states at the schedule's levels, [r,f,c,h,w], and its path's end, [b,f,c,h,w]."""

@@ -85,10 +85,6 @@ class Walk:
         """
         return self._forward(noisy_rfchw, sigma_r, context_bfchw, observe)
 
-    def set_text(self, text: TextContext) -> None:
-        """Other prompts from the next chunk on, one row per clip; what the history holds stays as it is."""
-        self._text = text
-
     def switch(self, text: TextContext, switch: PromptSwitch, *, learns: bool = True) -> None:
         """Other prompts from the next chunk on, and what a switch in serving does with the past.
 
@@ -200,10 +196,6 @@ class GuidedWalk:
         """As `predict`, and commits a chunk on both sides."""
         context = self._doubled(context_bfchw)
         return self._guided(self._walk.advance(self._doubled(noisy_rfchw), self._doubled(sigma_r), context))
-
-    def set_text(self, text: TextContext) -> None:
-        """Other prompts from the next chunk on, rows as at the start."""
-        self._walk.set_text(text)
 
     def switch(self, text: TextContext, switch: PromptSwitch) -> None:
         """As `Walk.switch`, on both sides; rows as at the start."""
