@@ -43,9 +43,9 @@ def flops_of_a_chunk(policy: EvolvingConfig | None, setting: MemorySetting) -> i
 @pytest.mark.parametrize(
     "setting",
     [
-        MemorySetting(frames=2, layers=1),
-        MemorySetting(frames=1, readers=1, ffn_ratio=2),
-        MemorySetting(frames=3, tokens=0.5),
+        MemorySetting(num_frames=2, num_layers=1),
+        MemorySetting(num_frames=1, num_readers=1, ffn_ratio=2),
+        MemorySetting(num_frames=3, token_share=0.5),
     ],
 )
 def test_a_memory_costs_what_torch_counts(setting: MemorySetting) -> None:
@@ -71,12 +71,12 @@ def test_the_published_setting_costs_what_is_published() -> None:
 
 
 def test_readers_are_spread_and_hold_the_last_layer() -> None:
-    assert MemorySetting(readers=1).policy(WAN_1_3B).read_layers == (29,)
-    assert MemorySetting(readers=6).policy(WAN_1_3B).read_layers == (4, 9, 14, 19, 24, 29)
-    assert MemorySetting(readers=30).policy(WAN_1_3B).read_layers == tuple(range(30))
+    assert MemorySetting(num_readers=1).policy(WAN_1_3B).read_layers == (29,)
+    assert MemorySetting(num_readers=6).policy(WAN_1_3B).read_layers == (4, 9, 14, 19, 24, 29)
+    assert MemorySetting(num_readers=30).policy(WAN_1_3B).read_layers == tuple(range(30))
     assert MemorySetting().policy(WAN_1_3B).read_layers == "all"
-    with pytest.raises(ConfigError, match="readers=31"):
-        MemorySetting(readers=31).policy(WAN_1_3B)
+    with pytest.raises(ConfigError, match="num_readers=31"):
+        MemorySetting(num_readers=31).policy(WAN_1_3B)
     with pytest.raises(ConfigError, match="does not hold sink"):
         MemoryBenchConfig(window_frames=5)
 

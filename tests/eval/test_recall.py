@@ -158,10 +158,18 @@ def test_what_was_not_asked_for_right_is_no_evidence(tmp_path: Path, fault: str,
 
 
 def test_chance_is_what_other_targets_would_score(tmp_path: Path) -> None:
-    scenes = scenes_of(CONFIG, 1.0, WINDOW, Chunking().boundary)
-    colours = [made.target.colour for made in scenes]
-    pairs = [one == other for i, one in enumerate(colours) for j, other in enumerate(colours) if i != j]
-    assert figures("none", tmp_path).chance["colour"] == pytest.approx(np.mean(pairs))
+    config = CONFIG.replace(scenes=8)
+    scenes = scenes_of(config, 1.0, WINDOW, Chunking().boundary)
+    shares = []
+    for made in scenes:
+        possible = [
+            other.target.colour
+            for other in scenes
+            if other is not made and other.target.colour not in (made.opener.colour, made.third.colour)
+        ]
+        if possible:
+            shares.append(np.mean([colour == made.target.colour for colour in possible]))
+    assert figures("none", tmp_path, config).chance["colour"] == pytest.approx(np.mean(shares))
 
 
 def test_what_is_recorded_is_not_filmed_again(tmp_path: Path) -> None:
@@ -198,13 +206,20 @@ def test_swapped_memories_change_what_comes_after_and_nothing_before() -> None:
     assert window is not None
     scenes = scenes_of(RecallConfig(scenes=2), 96 / window, window, chunking.boundary)
     end = max(made.back_from for made in scenes) + 1
-    swap = chunking.boundary(max(made.left_at for made in scenes))
+    # Nothing of the targets is in the window then: it keeps three frames of four, and a chunk is in the making.
+    swap = chunking.boundary(max(made.left_at for made in scenes) + (3 + 2) * 4)
     own, swapped, off = (film(text, scenes, end).astype(int) for text in ("own", "swapped", "off"))
     assert np.array_equal(own[:, :swap], swapped[:, :swap])
     assert not np.array_equal(own[:, swap:], swapped[:, swap:])
     assert not np.array_equal(own, off)
-    with pytest.raises(EvalError, match="not away at the same time"):
+    with pytest.raises(EvalError, match="1 scenes make no pairs"):
         film("swapped", scenes[:1], end)
+    short = scenes_of(RecallConfig(scenes=2), 41 / window, window, chunking.boundary)
+    videos = ModelVideos(pipeline, "tiny", "swapped", PromptSwitch(text=""), swaps=True)
+    with pytest.raises(EvalError, match="absences of two windows or more"):
+        videos.check(short)
+    with pytest.raises(EvalError, match="no memories to swap"):
+        ModelVideos(small_pipeline(), "tiny", "swapped", PromptSwitch(text=""), swaps=True)
 
 
 def test_policies_by_name() -> None:

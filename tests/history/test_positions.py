@@ -105,7 +105,7 @@ def test_absolute_keeps_indices() -> None:
 def test_settings_that_do_not_fit_are_refused() -> None:
     with pytest.raises(
         ConfigError,
-        match=r"window 12 \+ memory 0 = 12 frames do not fit f_max=10 \(11 ids\); use window_frames <= 11",
+        match=r"window 12 \+ memory 0 = 12 frames do not fit f_max=10 \(11 ids\); use positions.f_max >= 11",
     ):
         HistoryConfig(window_frames=12, positions=Relative(f_max=10))
     config = HistoryConfig(window_frames=18, positions=Relative(f_max=20))

@@ -125,6 +125,11 @@ def remembering(**memory: object) -> Recipe:
     )
 
 
+def with_policy(policy: EvolvingConfig) -> Recipe:
+    made = remembering()
+    return made.replace(stream=made.stream.replace(history=RECALLING.replace(policy=policy)))
+
+
 def test_the_stage_trains_the_memory_and_exports_a_model_that_streams_with_it(tmp_path: Path) -> None:
     made = remembering()
     train(made, tmp_path)
@@ -181,7 +186,11 @@ def test_recall_clips_are_planned_and_halved() -> None:
         (lambda: remembering(recall_absence=(3.0, 1.0)), "no range of absences"),
         (lambda: remembering(recall_absence=(0.5, 1.0)), "no range of absences"),
         (lambda: remembering(fresh_clips=False), "rendered anew"),
-        (lambda: remembering().replace(dit_model=DIT), "dit_model.memory is null"),
+        (lambda: remembering().replace(dit_model=DIT), "needs a learned memory"),
+        (lambda: remembering().replace(stream=recipe().stream), "teaches a policy that learns"),
+        (lambda: with_policy(EvolvingConfig(mode="prior")), 'in mode "prior"'),
+        (lambda: with_policy(EvolvingConfig(timing="second_pass")), "passes that follow each other"),
+        (lambda: with_policy(EvolvingConfig(source_layer=9)), "source_layer=9"),
         (
             lambda: remembering().replace(
                 stream=recipe().stream.replace(history=RECALLING.replace(positions=Relative(f_max=4)))

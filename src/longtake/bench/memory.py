@@ -53,28 +53,28 @@ class MemorySetting(Config):
     """Sizes and readers of a memory, as shares of the network that it is for.
 
     Attributes:
-        frames: frame-equivalents.
-        tokens: share of a frame's tokens that each of them has, along rows and columns each.
-        layers: of its encoder. ``ffn_ratio``: of its feed-forward.
-        readers: how many of the network's layers read it, evenly spread with the last among them; "all".
+        num_frames: frame-equivalents.
+        token_share: of a frame's rows, and of its columns, that each of them has.
+        num_layers: of its encoder. ``ffn_ratio``: of its feed-forward.
+        num_readers: how many of the network's layers read it, evenly spread with the last among them; "all".
     """
 
-    frames: int = Field(3, ge=1)
-    tokens: float = Field(1.0, gt=0, le=1)
-    layers: int = Field(2, ge=1)
+    num_frames: int = Field(3, ge=1)
+    token_share: float = Field(1.0, gt=0, le=1)
+    num_layers: int = Field(2, ge=1)
     ffn_ratio: int = Field(4, ge=1)
-    readers: int | Literal["all"] = "all"
+    num_readers: int | Literal["all"] = "all"
 
     def encoder(self, dit: DiTConfig, grid: tuple[int, int]) -> MemoryEncoderConfig:
         """The encoder for a network and its token grid."""
-        rows, columns = (max(1, round(self.tokens * size)) for size in grid)
+        rows, columns = (max(1, round(self.token_share * size)) for size in grid)
         return MemoryEncoderConfig(
             width=dit.width,
             num_heads=dit.num_heads,
-            num_frames=self.frames,
+            num_frames=self.num_frames,
             rows=rows,
             columns=columns,
-            num_layers=self.layers,
+            num_layers=self.num_layers,
             ffn_ratio=self.ffn_ratio,
         )
 
@@ -84,24 +84,28 @@ class MemorySetting(Config):
         Raises:
             ConfigError: more readers than layers.
         """
-        if self.readers == "all":
+        if self.num_readers == "all":
             return EvolvingConfig()
-        if not 1 <= self.readers <= dit.num_layers:
-            raise ConfigError(f"readers={self.readers} of a DiT with {dit.num_layers} layers", "use fewer")
+        if not 1 <= self.num_readers <= dit.num_layers:
+            raise ConfigError(
+                f"num_readers={self.num_readers} of a DiT with {dit.num_layers} layers", "use fewer"
+            )
         last = dit.num_layers - 1
         return EvolvingConfig(
-            read_layers=tuple(sorted(last - i * dit.num_layers // self.readers for i in range(self.readers)))
+            read_layers=tuple(
+                sorted(last - i * dit.num_layers // self.num_readers for i in range(self.num_readers))
+            )
         )
 
 
 PAPER: Final = MemorySetting()
 SETTINGS: Final[dict[str, MemorySetting]] = {
     "paper": PAPER,
-    "one frame": MemorySetting(frames=1),
-    "six readers": MemorySetting(readers=6),
-    "one frame, six readers": MemorySetting(frames=1, readers=6),
-    "half a grid, all readers": MemorySetting(frames=1, tokens=0.5),
-    "half a grid, six readers": MemorySetting(frames=1, tokens=0.5, readers=6),
+    "one frame": MemorySetting(num_frames=1),
+    "six readers": MemorySetting(num_readers=6),
+    "one frame, six readers": MemorySetting(num_frames=1, num_readers=6),
+    "half a grid, all readers": MemorySetting(num_frames=1, token_share=0.5),
+    "half a grid, six readers": MemorySetting(num_frames=1, token_share=0.5, num_readers=6),
 }
 
 
@@ -119,7 +123,7 @@ class MemoryBenchConfig(Config):
     prompt: str = Field("a red circle bouncing on a blue sky", min_length=1)
     seed: int = Field(0, ge=0)
     num_pairs: int = Field(100, ge=1)
-    memory: MemorySetting = MemorySetting(frames=1, layers=1, ffn_ratio=2, readers=2)
+    memory: MemorySetting = MemorySetting(num_frames=1, num_layers=1, ffn_ratio=2, num_readers=2)
     window_frames: int = Field(12, ge=1)
     sink_frames: int = Field(3, ge=0)
     chunk_frames: int = Field(3, ge=1)

@@ -31,7 +31,7 @@ class Arguments(Config):
         out: directory for everything that is written; it is created.
         model_path: name of a model that `longtake models` lists, or path of a .safetensors file.
         split: combinations and wordings that training may see, those held out from it, or any.
-        batch: streams generated together; it changes no result beyond rounding.
+        batch: streams generated together, in pairs; it changes no result beyond rounding.
         sink: what a prompt switch does with the first frames: keep them, encode them again or drop them.
         memory: what it does with the memory.
         window: what it does with the last frames.

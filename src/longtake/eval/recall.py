@@ -37,7 +37,7 @@ from longtake.eval.sheet import SheetKeeper
 from longtake.eval.source import TruthSource
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
-from longtake.history.positions import Absolute
+from longtake.history.positions import Absolute, Relative
 from longtake.history.window import WindowConfig
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline
@@ -74,6 +74,10 @@ class RecallVideos(Protocol):
         """Where chunks begin, and how far they look back."""
         ...
 
+    def check(self, scenes: Sequence[RecallScene]) -> None:
+        """Refuses scenes that it cannot film as asked. Raises EvalError."""
+        ...
+
     def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
         """Chunks of uint8 [B, T, H, W, 3]; the scenes are whole pairs, see `ModelVideos`."""
         ...
@@ -88,6 +92,9 @@ class TruthVideos:
         self._truth = truth
         self.chunking = truth.chunking
         self.about = truth.about
+
+    def check(self, scenes: Sequence[RecallScene]) -> None:
+        """Anything can be rendered."""
 
     def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
         """Rendered."""
@@ -106,7 +113,11 @@ class ModelVideos:
         pipeline: The model, with the policy.
         model: Its name. ``name``: Of the policy.
         switch: What becomes of the past at prompt switches; its text does not matter.
-        swaps: A control: while both targets of a pair are away, the streams go on with each other's memory.
+        swaps: A control: once both targets of a pair have left view and window, the streams go on with each
+            other's memory.
+
+    Raises:
+        EvalError: Memories are to be swapped, and there are none.
     """
 
     def __init__(
@@ -120,6 +131,13 @@ class ModelVideos:
     ) -> None:
         self.name = name
         self._pipeline, self._model, self._switch, self._swaps = pipeline, model, switch, swaps
+        memory = pipeline.dit.policy(
+            pipeline.config.history.policy, pipeline.dit.token_grid(*pipeline.latent_shape[2:])
+        ).memory_grid
+        if swaps and memory is None:
+            raise EvalError(
+                f"{name!r} has no memories to swap", "leave it out, or test a model with a memory"
+            )
         source = self._source(None)
         self.chunking = source.chunking
         self.about = {
@@ -128,12 +146,13 @@ class ModelVideos:
             "swaps": str(swaps),
         }
 
-    def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
-        """Generated from the scenes' prompts and seeds.
+    def check(self, scenes: Sequence[RecallScene]) -> None:
+        """Where memories are swapped, both of a pair must be away for long enough."""
+        if self._swaps:
+            self._swap_frames(scenes)
 
-        Raises:
-            EvalError: Memories are to be swapped, and an absence is too short for it.
-        """
+    def film(self, scenes: Sequence[RecallScene], num_frames: int) -> Iterator[Frames]:
+        """Generated from the scenes' prompts and seeds."""
         scripts = [Script(made.scene.captions) for made in scenes]
         hook = self._swapping(scenes) if self._swaps else None
         seeds = [made.scene.seed for made in scenes]
@@ -144,17 +163,31 @@ class ModelVideos:
             self._pipeline, self._model, self._switch, source_name=self.name, before_chunk=hook
         )
 
-    def _swapping(self, scenes: Sequence[RecallScene]) -> BeforeChunk:
+    def _swap_frames(self, scenes: Sequence[RecallScene]) -> dict[int, list[int]]:
+        """By frame the first streams of the pairs that swap their memories then: when nothing of either
+        target is left in the window, so that no memory takes in what it should know nothing of.
+        """
+        history = self._pipeline.config.history
+        stride = self._pipeline.vae.config.temporal_stride
+        held = stride * ((history.local_frames or 0) + history.chunk_frames)
         due: dict[int, list[int]] = {}
         for first in range(0, len(scenes), 2):
             pair = scenes[first : first + 2]
-            frame = self.chunking.boundary(max(made.left_at for made in pair))
+            frame = self.chunking.boundary(max(made.left_at for made in pair) + held)
             if len(pair) < 2 or frame >= min(made.back_from for made in pair):
+                shortest = min(made.absence_frames for made in pair)
                 raise EvalError(
-                    f"streams {first} and {first + 1} are not away at the same time",
-                    "use an even number of scenes and a longer absence for swapped memories",
+                    f"memories cannot be swapped in an absence of {shortest} frames, since the window keeps "
+                    f"what left for {held}"
+                    if len(pair) == 2
+                    else f"{len(scenes)} scenes make no pairs whose memories could be swapped",
+                    "use an even number of scenes and absences of two windows or more",
                 )
             due.setdefault(frame, []).append(first)
+        return due
+
+    def _swapping(self, scenes: Sequence[RecallScene]) -> BeforeChunk:
+        due = self._swap_frames(scenes)
 
         def swap(engine: Engine, states: Sequence[StreamState]) -> None:
             for first in due.get(states[0].num_frames, ()):
@@ -194,7 +227,17 @@ def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
             json.dumps({**json.loads(history.dumps()), "policy": {"kind": kind, **_settings(rest, text)}}),
             source=f"--policies {text}",
         )
+        changed = _with_room(pipeline, changed)
     return pipeline.with_history(changed)
+
+
+def _with_room(pipeline: Pipeline, history: HistoryConfig) -> HistoryConfig:
+    grid = pipeline.dit.token_grid(*pipeline.latent_shape[2:])
+    memory = pipeline.dit.policy(history.policy, grid).memory_grid
+    if memory is None or history.window_frames is None or not isinstance(history.positions, Relative):
+        return history
+    needed = history.window_frames + memory.num_frames - 1
+    return history.replace(positions=Relative(f_max=max(history.positions.f_max, needed)))
 
 
 def _settings(text: str, whole: str) -> dict[str, object]:
@@ -239,6 +282,9 @@ def run_recall(
     if len(set(names)) < len(names):
         raise EvalError(f"sources {names} share a name", "name each policy once")
     scenes = {length: scenes_of(config, length, window, chunking.boundary) for length in config.absence}
+    for source in sources:
+        for listed in scenes.values():
+            source.check(listed)
     records = {source.name: _records(config, source, scenes, chunking, out, progress) for source in sources}
     generator = hashlib.sha256(repr(list(scenes.values())).encode()).hexdigest()
     summary = RecallSummary(

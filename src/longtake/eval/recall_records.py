@@ -14,9 +14,10 @@ from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longtake.config import Config
+from longtake.errors import ConfigError
 from longtake.eval.meter import Measured
 from longtake.eval.runner import FIRST_EVAL_SEED, SEEDS_APART
 from longtake.world import FPS, VERSION, Split
@@ -62,6 +63,14 @@ class RecallConfig(Config):
     split: Split = "any"
     batch: int = Field(16, ge=1)
 
+    @model_validator(mode="after")
+    def _differ(self) -> RecallConfig:
+        if len(set(self.absence)) < len(self.absence) or min(self.absence) <= 0:
+            raise ConfigError(
+                f"absence={self.absence} repeats a length or has one that is not positive", "name each once"
+            )
+        return self
+
 
 class Observed(Config):
     """What is seen at the target's return, over the samples with anything that may be it.
@@ -85,7 +94,7 @@ class RecallRecord(Config):
         index: Of the scene. ``absence``: As asked, in windows.
         seed: Of the scene and of the stream's noise.
         prompts: (first frame, text).
-        target: Colour, shape and size.
+        target: Colour, shape and size. ``others``: Colours of the opening's and of the third object.
         absence_frames: For how long nothing of it is in view.
         shown: Share of the frames of its prompt in which it is as asked.
         shown_x, shown_y: Where, pixels of 64; None where it never is.
@@ -104,6 +113,7 @@ class RecallRecord(Config):
     seed: int
     prompts: tuple[tuple[int, str], ...]
     target: tuple[str, str, str]
+    others: tuple[str, str]
     absence_frames: int
     shown: float
     shown_x: float | None
@@ -160,8 +170,10 @@ def record_of(index: int, absence: float, made: RecallScene, measured: Measured)
     exact_sk = same_sk & (found.size == wanted[2])
 
     visible_s = (frames >= made.shown_from + SETTLE_FRAMES) & (frames < made.away_from)
-    absent_s = (frames >= made.left_at + LEAVING_FRAMES) & (frames < made.back_from)
-    settle = STOP_FRAMES if made.home_at > made.back_from else SETTLE_FRAMES
+    pans = made.home_at > made.back_from
+    leaving = LEAVING_FRAMES if pans else SETTLE_FRAMES
+    absent_s = (frames >= made.left_at + leaving) & (frames < made.back_from)
+    settle = STOP_FRAMES if pans else SETTLE_FRAMES
     returned_s = (frames >= made.home_at + settle) & (frames < made.num_frames)
 
     exact_s = exact_sk.any(axis=1)
@@ -190,6 +202,7 @@ def record_of(index: int, absence: float, made: RecallScene, measured: Measured)
         seed=made.scene.seed,
         prompts=made.scene.captions,
         target=(target.colour, target.shape, target.size),
+        others=(made.opener.colour, made.third.colour),
         absence_frames=made.absence_frames,
         shown=float(exact_s[visible_s].mean()),
         shown_x=None if shown_xy is None else shown_xy[0],

@@ -25,8 +25,8 @@ class AbsenceFigures(Config):
         gated: Metrics over the scenes that pass the gate; identity (colour, shape, size, place) given
             presence.
         all: The same over all scenes.
-        chance: Of each identity metric: share that what came back would have if it were compared with the
-            other scenes' targets.
+        chance: Of each identity metric, over the gated scenes: share that what came back would have if it
+            were compared with the targets of other scenes, of a colour that is possible in its own.
     """
 
     windows: float
@@ -39,7 +39,7 @@ class AbsenceFigures(Config):
     chance: dict[str, float | None]
 
 
-class RecallSource(Config):
+class SourceFigures(Config):
     """One source's figures.
 
     Attributes:
@@ -71,12 +71,12 @@ class RecallSummary(Config):
     world_version: str
     window_frames: int
     subject: str
-    sources: dict[str, RecallSource]
+    sources: dict[str, SourceFigures]
 
 
 def summarize(
     records: Mapping[str, Sequence[RecallRecord]], abouts: Mapping[str, dict[str, str]]
-) -> dict[str, RecallSource]:
+) -> dict[str, SourceFigures]:
     """Tables of every source.
 
     Args:
@@ -93,7 +93,7 @@ def summarize(
             theirs = [record for record in records[subject] if record.absence == absence]
             figures.append(_figures(absence, mine))
             differences.append(_differences(mine, theirs))
-        made[name] = RecallSource(
+        made[name] = SourceFigures(
             about=abouts[name], absences=tuple(figures), less_subject=tuple(differences)
         )
     return made
@@ -109,7 +109,7 @@ def _figures(absence: float, records: Sequence[RecallRecord]) -> AbsenceFigures:
         left=estimate([float(record.has_left) for record in records], proportion=True),
         gated=_estimates(gated),
         all=_estimates(records),
-        chance={name: _chance(name, records) for name in IDENTITY},
+        chance={name: _chance(name, gated) for name in IDENTITY},
     )
 
 
@@ -136,7 +136,9 @@ def _chance(name: str, records: Sequence[RecallRecord]) -> float | None:
         seen = record.observed
         if seen is None:
             continue
-        others = [other for other in records if other.index != record.index]
+        others = [
+            other for other in records if other.index != record.index and other.target[0] not in record.others
+        ]
         if name == "place":
             places = [
                 (other.shown_x, other.shown_y)

@@ -82,7 +82,7 @@ def check_ids_fit(config: HistoryConfig, num_memory: int) -> None:
         raise ConfigError(
             f"window {config.window_frames} + memory {num_memory} = {need} frames do not fit "
             f"f_max={config.positions.f_max} ({ids} ids)",
-            f'use window_frames <= {ids - num_memory} or positions {{"kind": "absolute"}}',
+            f'use positions.f_max >= {need - 1}, a shorter window or positions {{"kind": "absolute"}}',
         )
 
 

@@ -47,12 +47,17 @@ class AveragePolicy(KeptFrames):
         super().__init__(surroundings, len(config.decays))
         self._decays = config.decays
 
+    @property
+    def averages(self) -> bool:
+        """Always."""
+        return True
+
     def keep(self, kept: dict[str, Tensor], leaving: Leaving) -> dict[str, Tensor]:
         """Frame by frame."""
         new = {}
         for name, part in kept.items():
             decay = torch.tensor(self._decays).to(part).view(1, -1, *(1,) * (part.dim() - 2))
-            for frame_bn in leaving.parts[name].unbind(1):
+            for frame_bn in leaving.parts[name].type_as(part).unbind(1):
                 part = decay * part + (1 - decay) * frame_bn.unsqueeze(1)
             new[name] = part
         return new
@@ -139,6 +144,11 @@ class PooledPolicy(KeptEntries):
                 places += [(time, row, column) for row, column in product(rows, columns)]
         super().__init__(surroundings, MemoryGrid(config.num_ids, tuple(places)))
 
+    @property
+    def averages(self) -> bool:
+        """Always."""
+        return True
+
     def state_shape(self) -> tuple[int, ...]:
         """Tokens of all entries, then of what is being collected."""
         return (self.memory_grid.num_tokens + sum(prod(cells) for cells in self._cells),)
@@ -158,7 +168,10 @@ class PooledPolicy(KeptEntries):
 
     def keep(self, kept: dict[str, Tensor], leaving: Leaving) -> dict[str, Tensor]:
         """Frame by frame through the bands."""
-        return {name: self._passed(part, leaving.parts[name], leaving.count_b) for name, part in kept.items()}
+        return {
+            name: self._passed(part, leaving.parts[name].type_as(part), leaving.count_b)
+            for name, part in kept.items()
+        }
 
     def _passed(self, kept_bm: Tensor, frames_bfn: Tensor, count_b: Tensor) -> Tensor:
         bands, cells = list(self._bands), list(self._cells)

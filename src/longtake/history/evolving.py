@@ -92,6 +92,10 @@ class EvolvingPolicy(Policy):
                 f"read_layers={named} are no ascending layers of a DiT that has {num_layers}",
                 f'use "all" or some of 0..{num_layers - 1}',
             )
+        if self.config.mode == "prior" and not self.config.read_initially:
+            raise ConfigError(
+                'mode="prior" with read_initially=False has a memory that nobody reads', 'use mode="off"'
+            )
         if not -num_layers <= self.config.source_layer < num_layers:
             raise ConfigError(
                 f"source_layer={self.config.source_layer}, but the DiT has {num_layers} layers",

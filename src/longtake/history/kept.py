@@ -18,7 +18,7 @@ from torch import Tensor
 from longtake.cache.base import Entries
 from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyState, Surroundings
 
-_COUNT = "count"
+_COUNT, _LIKE = "count", "like"
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ class KeptEntries(Policy):
         """Zeros, which are never read."""
         shapes = {name: (*self.state_shape(), *part.shape) for name, part in self._spec.parts}
         kept = {
-            f"{layer}.{name}": torch.zeros(batch, *shape, device=device, dtype=dtype)
+            f"{layer}.{name}": torch.zeros(
+                batch, *shape, device=device, dtype=torch.float32 if self.averages else dtype
+            )
             for layer in range(self._spec.num_layers)
             for name, shape in (shapes | self.extra_shapes()).items()
         }
-        return kept | {_COUNT: torch.zeros(batch, dtype=torch.int64, device=device)}
+        count = torch.zeros(batch, dtype=torch.int64, device=device)
+        return kept | {_COUNT: count, _LIKE: torch.zeros(batch, 1, dtype=dtype, device=device)}
 
     def readable(self, num_evicted: int) -> bool:
         """Once something has left."""
@@ -73,7 +76,7 @@ class KeptEntries(Policy):
     def absorb(self, state: PolicyState, evicted: Evicted) -> PolicyState:
         """Layer by layer."""
         count_b = state[_COUNT]
-        new: PolicyState = {_COUNT: count_b + len(evicted.frames[0])}
+        new: PolicyState = {_COUNT: count_b + len(evicted.frames[0]), _LIKE: state[_LIKE]}
         for i, layer in enumerate(evicted.entries.layers):
             parts = {
                 name: torch.unflatten(layer[name], 1, (-1, self._frame_tokens))
@@ -82,7 +85,8 @@ class KeptEntries(Policy):
             kept = {name: state[f"{i}.{name}"] for name in (*parts, *self.extra_shapes())}
             for name, part in parts.items():
                 started = (count_b > 0).view(-1, *(1,) * (kept[name].dim() - 1))
-                kept[name] = torch.where(started, kept[name], self.filled(part[:, 0]))
+                first = self.filled(part[:, 0].type_as(kept[name]))
+                kept[name] = torch.where(started, kept[name], first)
             queries_bqhd = None if evicted.queries is None else evicted.queries[i]
             changed = self.keep(kept, Leaving(parts, evicted.frames, count_b, queries_bqhd))
             new |= {f"{i}.{name}": part for name, part in changed.items()}
@@ -92,10 +96,20 @@ class KeptEntries(Policy):
         """What was kept."""
         return Entries(
             tuple(
-                {name: self.shown(state[f"{layer}.{name}"]) for name, _ in self._spec.parts}
+                {
+                    name: self.shown(state[f"{layer}.{name}"]).type_as(state[_LIKE])
+                    for name, _ in self._spec.parts
+                }
                 for layer in range(self._spec.num_layers)
             )
         )
+
+    @property
+    def averages(self) -> bool:
+        """Whether it adds up over time, which takes single precision: what is small beside a sum is lost in
+        half.
+        """
+        return False
 
     def extra_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes per row of what a layer keeps beside its parts, which starts as zeros."""

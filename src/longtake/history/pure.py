@@ -64,6 +64,7 @@ class PureHistory:
         sink, local, next_frame, num_evicted, state: the content; leave at their defaults for an empty
             history.
         before: the memory as the last commit found it, with the frames evicted until then.
+        example: rows, device and dtype of what was committed, for starting a memory again.
     """
 
     config: HistoryConfig
@@ -77,6 +78,7 @@ class PureHistory:
     num_evicted: int = 0
     state: PolicyState | None = None
     before: tuple[PolicyState, int] | None = None
+    example: tuple[int, torch.device, torch.dtype] | None = None
 
     def __post_init__(self) -> None:
         memory = self.policy.memory_grid
@@ -186,6 +188,7 @@ class PureHistory:
             num_evicted=num_evicted,
             state=state,
             before=before if self.policy.reads_late else None,
+            example=_example(entries),
         )
 
     def reencode_view(
@@ -207,9 +210,11 @@ class PureHistory:
             segments = (raw.rotated(self._phases(plan.sink_ids), self.spec),)
         return plan.frames, plan.view(segments, self.spec, self.grid, self.device)
 
-    def rewrite(self, entries: Entries, frames: Sequence[int]) -> PureHistory:
+    def rewrite(
+        self, entries: Entries, frames: Sequence[int], rows: Sequence[int] | None = None
+    ) -> PureHistory:
         """The history with other entries for all of its local frames, and for its sink where it is among the
-        frames.
+        frames; in some rows of the batch, or (None) in all.
         """
         entries, _ = split_queries(entries)
         tokens, first = self.grid[0] * self.grid[1], 0
@@ -220,22 +225,36 @@ class PureHistory:
                 continue
             assert given == held, "whole segments are encoded again"
             raw = entries.tokens(first * tokens, (first + len(given)) * tokens)
+            if rows is not None:
+                raw = _merged(raw, Entries.cat([piece.raw for piece in segments[i]]), rows)
             segments[i] = (Piece(given, raw, raw.rotated(self._phases(given), self.spec)),)
             first += len(given)
         sink, local = segments
         return replace(self, sink=sink, local=local)
 
-    def with_memory(self, do: Literal["rebuild", "reset"]) -> PureHistory:
-        """The memory as at the start, or as if the local frames had left once, without being dropped."""
-        if self.policy.memory_grid is None or not (self.sink or self.local):
+    def with_memory(self, do: Literal["rebuild", "reset"], rows: Sequence[int] | None = None) -> PureHistory:
+        """The memory as at the start, or as if the local frames had left once, without being dropped; in some
+        rows of the batch, or (None) in all.
+
+        Raises:
+            HistoryError: some rows would read the memory and others not.
+        """
+        if self.state is None or self.example is None:
             return self
-        raw = [piece.raw for piece in (*self.sink, *self.local)]
-        example = next(iter(raw[0].layers[0].values()))
-        state = self.policy.start(raw[0].num_rows, example.device, example.dtype)
+        state = self.policy.start(*self.example)
         local = self.local_frames if do == "rebuild" else ()
         if local:
             state = self._absorb(state, self.local, None)
-        return replace(self, state=state, before=None, num_evicted=len(local))
+        num_evicted = len(local)
+        if rows is not None:
+            if self.policy.readable(num_evicted) != self.policy.readable(self.num_evicted):
+                raise HistoryError(
+                    f"memory={do!r} of some rows alone leaves them without a memory beside others with one",
+                    'use memory="keep"',
+                )
+            state = {name: _chosen(new, self.state[name], rows) for name, new in state.items()}
+            num_evicted = max(num_evicted, self.num_evicted)
+        return replace(self, state=state, before=None, num_evicted=num_evicted)
 
     def without_sink(self) -> PureHistory:
         """The sink forgotten; the frames that leave the window next become the new one."""
@@ -287,10 +306,7 @@ class PureHistory:
 
     def _started(self, entries: Entries) -> PolicyState:
         """The policy's state, at its start before the first commit."""
-        if self.state is not None:
-            return self.state
-        example = next(iter(entries.layers[0].values()))
-        return self.policy.start(entries.num_rows, example.device, example.dtype)
+        return self.policy.start(*_example(entries)) if self.state is None else self.state
 
     def _absorb(
         self, state: PolicyState, evicted: tuple[Piece, ...], queries: tuple[Tensor, ...] | None
@@ -303,3 +319,25 @@ class PureHistory:
 
     def _phases(self, frame_ids: Sequence[int]) -> Phases:
         return frame_phases([frame_ids], self.grid, self.spec, self.device)
+
+
+def _example(entries: Entries) -> tuple[int, torch.device, torch.dtype]:
+    part = next(iter(entries.layers[0].values()))
+    return entries.num_rows, part.device, part.dtype
+
+
+def _chosen(new_b: Tensor, old_b: Tensor, rows: Sequence[int]) -> Tensor:
+    """Some rows of the new, the others of the old."""
+    mask_b = torch.zeros(len(old_b), dtype=torch.bool, device=old_b.device)
+    mask_b[list(rows)] = True
+    return torch.where(mask_b.view(-1, *(1,) * (old_b.dim() - 1)), new_b, old_b)
+
+
+def _merged(new: Entries, old: Entries, rows: Sequence[int]) -> Entries:
+    pairs = zip(new.layers, old.layers, strict=True)
+    return Entries(
+        tuple(
+            {name: _chosen(part, before[name], rows) for name, part in layer.items()}
+            for layer, before in pairs
+        )
+    )

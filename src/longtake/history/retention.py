@@ -97,10 +97,11 @@ class MostAttendedPolicy(KeptFrames):
 
     def keep(self, kept: dict[str, Tensor], leaving: Leaving) -> dict[str, Tensor]:
         """The best of both, oldest first."""
-        assert leaving.queries_bqhd is not None, "the history passes them where they are needed"
+        # Where a memory is rebuilt no chunk asks for anything: the newest frame's keys stand in.
+        queries_bqhd = leaving.parts["k"][:, -1] if leaving.queries_bqhd is None else leaving.queries_bqhd
         candidates = {name: torch.cat([kept[name], part], dim=1) for name, part in leaving.parts.items()}
         with torch.no_grad():
-            now_bfn = _attention_received(leaving.queries_bqhd, candidates["k"]).to(kept["score"].dtype)
+            now_bfn = _attention_received(queries_bqhd, candidates["k"])
             before_bfn = torch.nn.functional.pad(
                 self._config.decay * kept["score"], (0, 0, 0, now_bfn.shape[1] - self._num_frames)
             )
@@ -112,7 +113,7 @@ class MostAttendedPolicy(KeptFrames):
             )
             index_bfn = ranked_bfn.topk(self._num_frames, dim=1).indices.sort(dim=1).values
         chosen = {name: _taken(part, index_bfn) for name, part in candidates.items()}
-        return chosen | {"score": _taken(score_bfn, index_bfn)}
+        return chosen | {"score": _taken(score_bfn, index_bfn).type_as(kept["score"])}
 
 
 def _attention_received(queries_bqhd: Tensor, keys_bfnhd: Tensor) -> Tensor:

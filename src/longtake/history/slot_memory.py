@@ -30,7 +30,8 @@ class SlotMemory:
     ) -> None:
         self._policy, self._storage = policy, storage
         self._grid = policy.memory_grid
-        self._state: PolicyState = policy.start(num_slots, device, dtype) if self._grid else {}
+        with torch.no_grad():
+            self._state: PolicyState = policy.start(num_slots, device, dtype) if self._grid else {}
         self._start = {name: tensor[:1].clone() for name, tensor in self._state.items()}
 
     def num_frames(self, record: SlotRecord) -> int:
@@ -110,13 +111,17 @@ class SlotMemory:
         self._publish([slot], [record])
 
     def exchange(self, slot: int, other: int, record: SlotRecord, other_record: SlotRecord) -> None:
-        """Swap the states of two streams."""
+        """Swap the states of two streams, and what their chunks read."""
         if self._grid is None:
             return
-        for tensor in self._state.values():
+        for tensor in (*self._state.values(), *self._storage.memory_tensors()):
             tensor[[slot, other]] = tensor[[other, slot]]
-        record.num_evicted, other_record.num_evicted = other_record.num_evicted, record.num_evicted
-        self._publish([slot, other], [record, other_record])
+        for name in ("memory_ids", "memory_pending", "num_absorbed", "num_evicted"):
+            mine, theirs = getattr(record, name), getattr(other_record, name)
+            setattr(record, name, theirs)
+            setattr(other_record, name, mine)
+        for each in (record, other_record):
+            each.version += 1
 
     def turn(self, slots: Sequence[int], records: Sequence[SlotRecord], ids: Sequence[SegmentIds]) -> None:
         """Turn the memory keys again of streams whose memory, or its ids, have changed."""

@@ -97,8 +97,8 @@ class SlotHistory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all buffers; constant."""
-        return self._storage.num_bytes
+        """Bytes of all buffers and of what the policy keeps; constant."""
+        return sum(tensor.nbytes for tensor in self._named_tensors().values())
 
     @property
     def num_blocks(self) -> int:

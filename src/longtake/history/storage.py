@@ -77,11 +77,6 @@ class SlotStorage:
             self._buffers["memory"] = buffers(memory.num_tokens, **kept)
             self._buffers["raw memory"] = buffers(memory.num_tokens, rotary, **kept)
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all buffers; constant."""
-        return sum(buffers.num_bytes for buffers in self._buffers.values())
-
     def clear(self, slot: int) -> None:
         """Zero one slot."""
         for buffers in self._buffers.values():
@@ -159,6 +154,11 @@ class SlotStorage:
         raw = self._buffers["raw memory"].read(slots, 0, self.memory_tokens)
         rotated = raw.rotated(self._memory_grid.phases(first_ids, self.spec.rope).to(self.device), self.spec)
         self._buffers["memory"].write_blocks(rotated, *self._first(slots), 0, self.memory_tokens)
+
+    def memory_tensors(self) -> list[Tensor]:
+        """All that holds memory segments, slots first."""
+        names = [name for name in ("memory", "raw memory") if name in self._buffers]
+        return [part for name in names for part in self._buffers[name].named_tensors().values()]
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Every buffer by a stable name, slots first."""

@@ -24,7 +24,7 @@ from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline, StreamConfig
 from longtake.stream.state import PromptSwitch, StreamState
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "longtake_stream"
 
 
@@ -35,8 +35,8 @@ class Record(Config):
     sink: tuple[int, ...]
     sink_ids: tuple[int, ...]
     memory_ids: tuple[int, ...]
-    memory_pending: bool = False
-    num_absorbed: int = 0
+    memory_pending: bool
+    num_absorbed: int
     next_frame: int
     ring_writes: int
     num_evicted: int

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
+import torch
+
 from longtake.errors import ConfigError
 from longtake.history.base import check_ids_fit
 from longtake.history.evolving import EvolvingConfig
+from longtake.models.dit import DiT
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.fit import check_multiple
 from longtake.train.latents import LatentCacheConfig
@@ -83,8 +86,9 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
     Raises:
         ConfigError: two settings that do not fit each other, with a change that mends it.
     """
-    _check_networks(recipe)
     _check_sizes(recipe, stages)
+    _check_networks(recipe)
+    _check_memory(recipe, stages)
     for stage in _WALKING:
         if stage in stages:
             _check_clips(recipe, stage)
@@ -108,14 +112,29 @@ def _check_networks(recipe: Recipe) -> None:
     for name, value, other, expected in pairs:
         if value != expected:
             raise ConfigError(f"{name}={value} does not fit {other}={expected}", "make them equal")
-    history, policy = recipe.stream.history, recipe.stream.history.policy
-    if isinstance(policy, EvolvingConfig) and dit.memory is None:
+    history, stride = recipe.stream.history, recipe.vae_model.spatial_stride
+    with torch.device("meta"):
+        made = DiT(dit)
+    grid = made.token_grid(recipe.stream.height // stride, recipe.stream.width // stride)
+    memory = made.policy(history.policy, grid).memory_grid
+    check_ids_fit(history, 0 if memory is None else memory.num_frames)
+
+
+def _check_memory(recipe: Recipe, stages: Collection[str]) -> None:
+    policy = recipe.stream.history.policy
+    if "memory" in stages and not (isinstance(policy, EvolvingConfig) and policy.mode == "update"):
         raise ConfigError(
-            'stream.history.policy.kind="evolving", but dit_model.memory is null',
-            "give the DiT a memory, or take another policy",
+            f'stage memory teaches a policy that learns, and stream.history.policy is "{policy.kind}"'
+            + (f' in mode "{policy.mode}"' if isinstance(policy, EvolvingConfig) else ""),
+            'set stream.history.policy.kind="evolving" and its mode="update", or leave the stage out',
         )
-    if isinstance(policy, EvolvingConfig) and dit.memory is not None and policy.mode != "off":
-        check_ids_fit(history, dit.memory.num_frames)
+    walking = [stage for stage in ("first", "windows", "memory", "trajectory") if stage in stages]
+    if isinstance(policy, EvolvingConfig) and policy.timing == "second_pass" and walking:
+        raise ConfigError(
+            f'policy.timing="second_pass" is of passes that follow each other, which stage {walking[0]} '
+            "does not have",
+            'set stream.history.policy.timing="chunk", or train by dmd alone',
+        )
 
 
 def _check_sizes(recipe: Recipe, stages: Collection[str]) -> None:

@@ -228,9 +228,10 @@ class DiTTask:
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
-            if prompts_in_force(prompts, span.start) != captions:
-                captions = prompts_in_force(prompts, span.start)
-                walk.switch(self.networks.encode(captions), config.switch)
+            before, captions = captions, prompts_in_force(prompts, span.start)
+            switched = changed(before, captions)
+            if switched:
+                walk.switch(self.networks.encode(captions), config.switch, switched)
             clean = latents[:, span]
             if learned is not None and not learned[chunk]:
                 walk.commit(clean, learns=False)
@@ -297,9 +298,10 @@ class DiTTask:
         figures: dict[str, float] = {}
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
-            if prompts_in_force(clips.prompts, span.start) != captions:
-                captions = prompts_in_force(clips.prompts, span.start)
-                walk.switch(self.networks.encode(captions), self.config.switch)
+            before, captions = captions, prompts_in_force(clips.prompts, span.start)
+            switched = changed(before, captions)
+            if switched:
+                walk.switch(self.networks.encode(captions), self.config.switch, switched)
             clean, mask = latents[:, span], foreground[:, span]
             if chunk in (0, num_chunks - 1):
                 name = "first" if chunk == 0 else "last"
@@ -367,6 +369,11 @@ def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any
 def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
     """Of each clip the prompt at a latent frame."""
     return [next(text for start, text in reversed(of_clip) if start <= frame) for of_clip in prompts]
+
+
+def changed(before: Sequence[str], now: Sequence[str]) -> list[int]:
+    """Which clips' prompts differ."""
+    return [row for row, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
 
 
 def _weighted(squared: Tensor, weight: Tensor) -> float:

@@ -345,11 +345,13 @@ class DMDTask:
                 if index < exit_step:
                     following = torch.full_like(sigma, self._sigmas[index + 1])
                     noisy = at_sigma(clean, scale * self._noise(shape, generator), following)
+            chunks.append(clean)
+            if number == total - 1:
+                break  # nobody reads it
             with torch.set_grad_enabled(learn and credits_memory):
                 walk.commit(clean.detach(), learns=False)
-            if config.credit_updates is not None and number < total - config.credit_updates:
+            if config.credit_updates is not None and number < total - 1 - config.credit_updates:
                 walk.detach()
-            chunks.append(clean)
         return chunks[: script.lead], chunks[script.lead :]
 
     def _score_sigmas(self, count: int, generator: torch.Generator) -> Tensor:

@@ -22,8 +22,6 @@ from longtake.world.recall import (
 )
 
 _NUM_SEEDS = 1 << 30
-LEARNED_AFTER_AWAY = 4
-"""Chunks from the one on in which the camera leaves."""
 
 
 @dataclass(frozen=True)
@@ -86,9 +84,8 @@ class RecallSource:
             for made in scenes
         ]
         away, back = self._chunk_at(scenes[0].away_from), self._chunk_at(scenes[0].back_from)
-        learned = tuple(
-            chunk >= back or away <= chunk < away + LEARNED_AFTER_AWAY for chunk in range(num_chunks)
-        )
+        leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
+        learned = tuple(chunk >= back or away <= chunk < away + leaving for chunk in range(num_chunks))
         return RecallBatch(encode_clips(self.vae, excerpts, config, self.guided), learned)
 
     def _boundary(self, frame: int) -> int:
@@ -116,4 +113,10 @@ def longest_chunks(absence_frames: int, chunk_pixel_frames: int, aspect: float) 
     """
     whole, back = longest_recall_frames(absence_frames, chunk_pixel_frames, aspect)
     chunks = -(-whole // chunk_pixel_frames)
-    return chunks, min(chunks, LEARNED_AFTER_AWAY + -(-back // chunk_pixel_frames))
+    leaving = _leaving_chunks(chunk_pixel_frames, aspect)
+    return chunks, min(chunks, leaving + -(-back // chunk_pixel_frames))
+
+
+def _leaving_chunks(chunk_pixel_frames: int, aspect: float) -> int:
+    """Chunks from the one in which the camera leaves to the one in which it comes to rest."""
+    return -(-glide_frames(aspect) // chunk_pixel_frames)

@@ -210,6 +210,8 @@ def dmd_phases(
     for chunk in range(lead + config.num_chunks):
         plain = generator.costs.forward(count, chunk)
         context = generator.costs.forward(count, chunk, num_committed=generator.costs.kept_rows(count, chunk))
+        if chunk == lead + config.num_chunks - 1:
+            context = Cost()  # nobody reads it
         rollout += plain.times(num_early + 1) + context
         memory = generator.costs.memory(count, chunk, config.memory_credit != "none")
         if chunk < lead:

@@ -22,7 +22,7 @@ from torch import Tensor
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import TextContext
-from longtake.train.dit import TextToLatents, dit_optimizer, prompts_in_force
+from longtake.train.dit import TextToLatents, changed, dit_optimizer, prompts_in_force
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig
 from longtake.train.optim import AdamWConfig
@@ -187,10 +187,12 @@ class _Pair:
     def prompt(self, frame: int) -> None:
         """Let both read the prompts in force at a latent frame."""
         captions = prompts_in_force(self._clips.prompts, frame)
-        if captions != self._captions:
+        switched = changed(self._captions, captions)
+        if switched:
             self._captions = captions
-            self.student.switch(self._task.module.encode(captions), self._task.config.switch)
-            self.teacher.switch(self._teachers_text(), self._task.config.switch)
+            switch = self._task.config.switch
+            self.student.switch(self._task.module.encode(captions), switch, switched)
+            self.teacher.switch(self._teachers_text(), switch, switched)
 
     def path(self, noise_bfchw: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's states at the schedule's levels, [r,f,c,h,w], and its path's end, [b,f,c,h,w]."""

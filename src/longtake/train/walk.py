@@ -10,12 +10,13 @@ rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from longtake.diffusion.flow import NUM_TRAIN_STEPS, add_noise
+from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
@@ -85,15 +86,30 @@ class Walk:
         """
         return self._forward(noisy_rfchw, sigma_r, context_bfchw, observe)
 
-    def switch(self, text: TextContext, switch: PromptSwitch, *, learns: bool = True) -> None:
+    def switch(
+        self,
+        text: TextContext,
+        switch: PromptSwitch,
+        rows: Sequence[int] | None = None,
+        *,
+        reencoded: Sequence[int] | None = None,
+        learns: bool = True,
+    ) -> None:
         """Other prompts from the next chunk on, and what a switch in serving does with the past.
 
         Args:
             text: one row per clip.
             switch: what becomes of sink, memory and window; its own text does not matter.
+            rows: whose prompts switch; the others' past stays as it is. None: all.
+            reencoded: those of them whose past is encoded again, where it is not all.
             learns: gradients flow through what is encoded again.
+
+        Raises:
+            ConfigError: the sink is to be dropped in some rows only.
         """
         self._text = text
+        if switch.sink == "drop" and rows is not None:
+            raise ConfigError('sink="drop" for some clips of a batch', 'use sink="keep" or "reencode"')
         if switch.sink == "drop":
             self._history = self._history.without_sink()
         held = self._history
@@ -107,9 +123,9 @@ class Walk:
                 clean = torch.stack([self._clean[frame] for frame in frames], dim=1)
                 times = clean.new_zeros(clean.shape[:2])
                 _, entries = self._dit(clean, times, text, view, recompute=self._recompute)
-                self._history = held.rewrite(entries, frames)
+                self._history = held.rewrite(entries, frames, rows if reencoded is None else reencoded)
         if switch.memory != "keep":
-            self._history = self._history.with_memory(switch.memory)
+            self._history = self._history.with_memory(switch.memory, rows)
 
     def commit(self, context_bfchw: Tensor, *, learns: bool = True) -> None:
         """Commits a chunk without predicting anything.
@@ -197,9 +213,13 @@ class GuidedWalk:
         context = self._doubled(context_bfchw)
         return self._guided(self._walk.advance(self._doubled(noisy_rfchw), self._doubled(sigma_r), context))
 
-    def switch(self, text: TextContext, switch: PromptSwitch) -> None:
-        """As `Walk.switch`, on both sides; rows as at the start."""
-        self._walk.switch(text, switch)
+    def switch(self, text: TextContext, switch: PromptSwitch, clips: Sequence[int] | None = None) -> None:
+        """As `Walk.switch`, `text` as at the start. What is encoded without a caption stays as it is; its
+        memory and sink are treated alike, as serving does.
+        """
+        with_caption = list(range(self._num_clips) if clips is None else clips)
+        both = [*with_caption, *(self._num_clips + clip for clip in with_caption)]
+        self._walk.switch(text, switch, None if clips is None else both, reencoded=with_caption)
 
     def _guided(self, clean: Tensor) -> Tensor:
         with_text, without = clean.unflatten(0, (-1, 2, self._num_clips)).unbind(1)  # type: ignore[no-untyped-call]

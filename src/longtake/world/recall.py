@@ -89,6 +89,11 @@ class RecallScene:
         return self.scene.segments[3].start
 
     @property
+    def opener(self) -> SceneObject:
+        """What the video begins with."""
+        return self.scene.segments[0].objects[0]
+
+    @property
     def third(self) -> SceneObject:
         """What is seen while the target is away."""
         return self.scene.segments[2].objects[-1]
@@ -177,13 +182,14 @@ def recall_scene(
         Segment(starts[1], (seen,), background, hills, Camera(), caption(seen)),
         Segment(starts[2], (seen, third), background, hills, away, caption(third, AWAY_PHRASE)),
     ]
-    left_at = _first(segments[-1], starts[2], lambda share: share <= 0)
+    # At the latest when the camera rests: what stood at the very edge of the view keeps a blurred pixel.
+    left_at = _first(segments[-1], starts[2], starts[2] + away.num_frames, lambda share: share <= 0)
     # It comes into view when the camera has gone back as far as it went until it was out.
     starts.append(align(max(starts[2] + away.num_frames, left_at + absence_frames - glide, earliest_back)))
     while True:
         back = Glide(aspect, 0.0, speed, starts[3])
         last = Segment(starts[3], (seen, third), background, hills, back, segments[2].caption)
-        back_at = _first(last, starts[3], lambda share: share > 0)
+        back_at = _first(last, starts[3] + 1, starts[3] + back.num_frames, lambda share: share > 0)
         if back_at - left_at >= absence_frames:
             break
         starts[3] = align(starts[3] + 1)
@@ -280,13 +286,14 @@ def _allowed(combination: tuple[Colour, Shape, Motion], split: Split) -> bool:
     return split == "any" or (combination in HELDOUT_COMBINATIONS) == (split == "heldout")
 
 
-def _first(segment: Segment, start: int, holds: Callable[[float], bool]) -> int:
-    """First frame from `start` on at which the share in view of the segment's first object is as asked."""
-    item = segment.objects[0]
-    frame = start
-    while not holds(_share_in_view(item, segment.camera, frame)):
-        frame += 1
-    return frame
+def _first(segment: Segment, start: int, stop: int, holds: Callable[[float], bool]) -> int:
+    """First frame from `start` to `stop` at which the share in view of the segment's first object is as
+    asked; `stop` where it is never.
+    """
+    for frame in range(start, stop):
+        if holds(_share_in_view(segment.objects[0], segment.camera, frame)):
+            return frame
+    return stop
 
 
 def _share_in_view(item: SceneObject, camera: Camera | Glide, frame: int) -> float:
