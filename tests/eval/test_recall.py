@@ -206,7 +206,7 @@ def test_swapped_memories_change_what_comes_after_and_nothing_before() -> None:
     assert window is not None
     scenes = scenes_of(RecallConfig(scenes=2), 96 / window, window, chunking.boundary)
     end = max(made.back_from for made in scenes) + 1
-    # Nothing of the targets is in the window then: it keeps three frames of four, and a chunk is in the making.
+    # The window keeps three frames of four, and a chunk is in the making.
     swap = chunking.boundary(max(made.left_at for made in scenes) + (3 + 2) * 4)
     own, swapped, off = (film(text, scenes, end).astype(int) for text in ("own", "swapped", "off"))
     assert np.array_equal(own[:, :swap], swapped[:, :swap])

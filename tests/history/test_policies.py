@@ -103,6 +103,19 @@ def test_both_histories_agree_for_streams_at_different_lengths(
     assert fixed.num_bytes == size
 
 
+def test_averages_are_kept_in_single_precision() -> None:
+    """In half precision a slow average would stand still beside a change that is small."""
+    policy = made(AverageConfig(decays=(0.99,)))
+    state = policy.start(1, torch.device("cpu"), torch.bfloat16)
+    for step in range(600):
+        part = torch.full((1, 1, 1, 2), 1.0 if step == 0 else 1.3, dtype=torch.bfloat16)
+        layer = {"k": part, "v": part}
+        state = policy.absorb(state, Evicted(((step,),), Entries((layer, layer))))
+    read = policy.read(state).layers[0]["v"]
+    assert read.dtype == torch.bfloat16
+    assert float(read[0, 0, 0, 0]) == pytest.approx(1.3, abs=0.01)
+
+
 def made(config: PolicyConfig, grid: tuple[int, int] = (1, 1)) -> Policy:
     return config.make(Surroundings(SPEC, grid))
 

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
+from longtake.history.compression import AverageConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Absolute, Relative
+from longtake.history.retention import MostAttendedConfig
 from longtake.io.checkpoints import read_safetensors, write_safetensors
 from longtake.stream.bundle import load_model
 from longtake.stream.engine import Engine
@@ -38,6 +40,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"opening_guidance": 3.0},
     {"opening_guidance": 3.0, "guidance": 1.5, "positions": Relative(f_max=6)},
     {"policy": EvolvingConfig(), "positions": Relative(f_max=10)},
+    {"policy": MostAttendedConfig(num_frames=1), "positions": Relative(f_max=8)},
+    {"policy": AverageConfig(decays=(0.5,)), "guidance": 1.5},
     {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
 ]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, TypeVar, get_args
 
 import tyro
 from pydantic import Field
@@ -63,7 +63,7 @@ def run(arguments: Arguments) -> int:
                 f"--set {change!r} has no '='", "write KEY=VALUE, e.g. windows.loop.num_steps=100"
             )
         recipe = changed(recipe, key.strip(), value)
-    valid: tuple[str, ...] = type(recipe).model_fields["stages"].default
+    valid: tuple[str, ...] = get_args(get_args(type(recipe).model_fields["stages"].annotation)[0])
     for name in arguments.stage:
         if name not in valid:
             raise UsageError(f"unknown stage {name!r}", nearest(name, valid))
