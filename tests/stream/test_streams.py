@@ -24,6 +24,7 @@ from longtake.stream.bundle import load_model
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline, StreamConfig
 from longtake.stream.session import Stream
+from longtake.stream.snapshot import FORMAT
 from longtake.stream.state import Chunk, PromptSwitch
 from model_file import write_model
 from tiny_parts import MEMORY, small_dit, small_pipeline
@@ -311,7 +312,9 @@ def test_snapshots_refuse_what_does_not_fit(tmp_path: Path) -> None:
         stream.snapshot(tmp_path / "absent" / "stream.safetensors")
     tensors, metadata = read_safetensors(path)
     write_safetensors(
-        plain, tensors, {name: text.replace('"format": 1', '"format": 9') for name, text in metadata.items()}
+        plain,
+        tensors,
+        {name: text.replace(f'"format": {FORMAT}', '"format": 9') for name, text in metadata.items()},
     )
     with pytest.raises(SnapshotError, match="format 9"):
         Stream.restore(plain, small_pipeline())
