@@ -164,7 +164,7 @@ def tiny_128() -> Recipe:
     return small.replace(
         name="tiny-128",
         warm_start="tiny",
-        stages=("vae", "latents", "windows", "trajectory", "dmd", "export"),
+        stages=("vae", "latents", "windows", "export"),
         dit_model=small.dit_model.replace(spatial_embedding=(8, 8)),
         stream=small.stream.replace(height=128, width=128),
         vae=small.vae.replace(
