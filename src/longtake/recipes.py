@@ -8,7 +8,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, nearest
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
-from longtake.models.dit import DiTConfig
+from longtake.models.dit import DiTConfig, wan_dit
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
@@ -221,21 +221,6 @@ _WAN_NEGATIVE_WORDS = (
 
 WAN_NEGATIVE_PROMPT = "\uff0c".join(_WAN_NEGATIVE_WORDS)  # a full-width comma
 """Wan2.1's own: garish, overexposed, static, blurred, subtitles, malformed hands and so on."""
-
-
-def wan_dit(width: int = 1536, ffn_width: int = 8960, num_layers: int = 30, num_heads: int = 12) -> DiTConfig:
-    """Wan2.1's text-to-video DiT; the defaults are T2V-1.3B, 14B has 5120, 13824, 40 and 40."""
-    return DiTConfig(
-        width=width,
-        ffn_width=ffn_width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        in_channels=16,
-        out_channels=16,
-        patch_size=(1, 2, 2),
-        text_width=4096,
-        text_length=512,
-    )
 
 
 def wan_1_3b_dmd() -> DistillationRecipe:

@@ -14,7 +14,7 @@ from longtake.history.base import HistoryConfig, full_view
 from longtake.history.positions import Absolute, Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
-from longtake.models.dit import DiT, DiTConfig, TextContext
+from longtake.models.dit import DiT, TextContext, wan_dit
 from tiny_parts import GRID, small_dit
 
 OPTIONS: dict[str, Any] = {
@@ -346,16 +346,7 @@ def test_a_latent_that_does_not_split_is_refused() -> None:
 
 def test_wan_size_from_config_alone() -> None:
     """The 1.3B model, counted without allocating it."""
-    config = DiTConfig(
-        width=1536,
-        ffn_width=8960,
-        num_layers=30,
-        num_heads=12,
-        in_channels=16,
-        out_channels=16,
-        text_width=4096,
-        text_length=512,
-    )
+    config = wan_dit()
     with torch.device("meta"):
         dit = DiT(config)
     assert sum(p.numel() for p in dit.parameters()) == 1_418_996_800

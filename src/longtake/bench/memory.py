@@ -24,7 +24,7 @@ from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.window import WindowConfig
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT, DiTConfig, wan_dit
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline
 from longtake.stream.session import Stream
@@ -33,16 +33,7 @@ from longtake.train.costs import DiTCosts
 MAX_COUNTED_SHARE: Final = 0.03
 MAX_TIME_SHARE: Final = 0.08
 
-WAN_1_3B: Final = DiTConfig(
-    width=1536,
-    ffn_width=8960,
-    num_layers=30,
-    num_heads=12,
-    in_channels=16,
-    out_channels=16,
-    text_width=4096,
-    text_length=512,
-)
+WAN_1_3B: Final = wan_dit()
 WAN_LATENT: Final = (60, 104)
 """480x832 pixels."""
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 from pydantic import Field
 
-from longtake.cli.evaluation import config_of
+from longtake.cli.evaluation import check_writable, config_of, tell
 from longtake.config import Config
-from longtake.errors import UsageError
 
 
 class Arguments(Config):
@@ -48,20 +46,10 @@ def run(arguments: Arguments) -> int:
     from longtake.bench.cpu import CpuBenchConfig, run_cpu_bench
     from longtake.stream.bundle import load_model
 
-    try:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.open("a", encoding="utf-8").close()
-    except OSError as error:
-        raise UsageError(
-            f"cannot write {str(arguments.out)!r}: {error.strerror}", "give another --out"
-        ) from error
+    check_writable(arguments.out)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     model = load_model(arguments.model_path)
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
     config = config_of(CpuBenchConfig, arguments)
     report = run_cpu_bench(config, model.pipeline, str(model.path), arguments.threads, tell)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

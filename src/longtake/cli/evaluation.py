@@ -1,4 +1,4 @@
-"""What the ``longtake eval`` commands share: building a config, telling progress, printing tables."""
+"""What the ``longtake eval`` and ``bench`` commands share: configs, progress, tables."""
 
 from __future__ import annotations
 
@@ -56,6 +56,24 @@ def write_report(report: Config, path: Path) -> None:
         report.dump(path)
     except OSError as error:
         raise UsageError(f"cannot write {str(path)!r}: {error.strerror}", "give another --out") from error
+
+
+def check_writable(path: Path) -> None:
+    """Make a report's directory and the file, before hours of work and not after.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}", "give another --out") from error
+
+
+def tell(line: str) -> None:
+    """A line about what is going on, to standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def make_directory(path: Path) -> None:

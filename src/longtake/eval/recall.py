@@ -34,7 +34,7 @@ from longtake.eval.recall_summary import RecallSummary, summarize
 from longtake.eval.records import RecordFile
 from longtake.eval.script import Chunking, Script
 from longtake.eval.sheet import SheetKeeper
-from longtake.eval.source import TruthSource
+from longtake.eval.source import Source, TruthSource
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Absolute, Relative
@@ -56,23 +56,8 @@ OWN: Final = "own"
 SWAPPED: Final = "swapped"
 
 
-class RecallVideos(Protocol):
+class RecallVideos(Source, Protocol):
     """Makes videos of recall scenes, a batch at a time."""
-
-    @property
-    def name(self) -> str:
-        """Short name."""
-        ...
-
-    @property
-    def about(self) -> dict[str, str]:
-        """Provenance."""
-        ...
-
-    @property
-    def chunking(self) -> Chunking:
-        """Where chunks begin, and how far they look back."""
-        ...
 
     def check(self, scenes: Sequence[RecallScene]) -> None:
         """Refuses scenes that it cannot film as asked. Raises EvalError."""

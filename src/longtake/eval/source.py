@@ -19,8 +19,8 @@ from longtake.world import VERSION, render
 Frames = NDArray[np.uint8]
 
 
-class VideoSource(Protocol):
-    """Makes a batch of videos from scripts, chunk by chunk.
+class Source(Protocol):
+    """Where videos come from.
 
     Attributes:
         name: Short, for tables and file names ("model", "truth", "vae").
@@ -42,6 +42,10 @@ class VideoSource(Protocol):
     def chunking(self) -> Chunking:
         """Where chunks begin, and how far they look back."""
         ...
+
+
+class VideoSource(Source, Protocol):
+    """Makes a batch of videos from scripts, chunk by chunk."""
 
     def generate(self, scripts: Sequence[Script], seeds: Sequence[int], num_frames: int) -> Iterator[Frames]:
         """Chunks of uint8 [B, T, H, W, 3], in order; together at least `num_frames` frames, T may vary.

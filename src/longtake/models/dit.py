@@ -126,6 +126,21 @@ class DiTConfig(Config):
         return self.cross_attention_layers == "all" or layer in self.cross_attention_layers
 
 
+def wan_dit(width: int = 1536, ffn_width: int = 8960, num_layers: int = 30, num_heads: int = 12) -> DiTConfig:
+    """Wan2.1's text-to-video DiT; the defaults are T2V-1.3B, 14B has 5120, 13824, 40 and 40."""
+    return DiTConfig(
+        width=width,
+        ffn_width=ffn_width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        in_channels=16,
+        out_channels=16,
+        patch_size=(1, 2, 2),
+        text_width=4096,
+        text_length=512,
+    )
+
+
 @dataclass(frozen=True)
 class TextContext:
     """A batch of prompts as the DiT reads them: cross-attention keys and values of every layer, once per
