@@ -22,18 +22,16 @@ import numpy as np
 from longtake.world.captions import AWAY_PHRASE, BACK_PHRASE, Described, Split, write_caption
 from longtake.world.errors import WorldError
 from longtake.world.motion import Camera, Glide
-from longtake.world.sampling import Draw, draw_hills, draw_object
+from longtake.world.sampling import Draw, combinations, draw_hills, draw_object
 from longtake.world.scene import Scene, SceneObject, Segment
 from longtake.world.vocabulary import (
     BACKGROUNDS,
     COLOURS,
     HELDOUT_COMBINATIONS,
-    MOTIONS,
     REFERENCE_HEIGHT,
     SHAPES,
     SIZES,
     Colour,
-    Motion,
     Shape,
     Size,
 )
@@ -162,17 +160,9 @@ def recall_scene(
             f"an absence of {absence_frames} frames ends before the camera is at rest",
             f"use {glide} frames or more",
         )
-    draw = Draw(seed, _KEY)
-    colour, shape, size = target
-    background = draw.choice(BACKGROUNDS)
-    hills = draw_hills(draw) if background == "hills" else None
-    seen = draw_object(draw, (colour, shape, "still"), size, split, 0.0, aspect)
-    opener, third = _others(draw, colour, split, aspect)
-
-    def caption(item: SceneObject, camera: str = "") -> str:
-        described = Described(item.colour, item.shape, item.size, item.motion)
-        return write_caption([described], background, draw.below, split) + camera
-
+    cast = _Cast(Draw(seed, _KEY), target, split, aspect, third_zone=1)
+    seen, opener, third, caption = cast.seen, cast.opener, cast.third, cast.caption
+    background, hills = cast.background, cast.hills
     speed = GLIDE_SPEED_PX / REFERENCE_HEIGHT
     starts = [0, align(OPENING_FRAMES)]
     starts.append(align(starts[1] + SHOWN_FRAMES))
@@ -236,19 +226,12 @@ def narrative_scene(
             f"seed {seed}, aspect {aspect:g} and an absence of {absence_frames} frames make no scene",
             "use a seed of 0 or more, an aspect of 1 or more and an absence of 1 or more",
         )
-    draw = Draw(seed, _KEY, 1)
-    colour, shape, size = target
-    background = draw.choice(BACKGROUNDS)
-    hills = draw_hills(draw) if background == "hills" else None
-    seen = draw_object(draw, (colour, shape, "still"), size, split, 0.0, aspect)
-    opener, other = _others(draw, colour, split, aspect, zones=(0, 0))
+    cast = _Cast(Draw(seed, _KEY, 1), target, split, aspect, third_zone=0)
+    seen, opener, other, caption = cast.seen, cast.opener, cast.third, cast.caption
+    background, hills = cast.background, cast.hills
     starts = [0, align(OPENING_FRAMES)]
     starts.append(align(starts[1] + SHOWN_FRAMES))
     starts.append(align(starts[2] + absence_frames))
-
-    def caption(item: SceneObject) -> str:
-        described = Described(item.colour, item.shape, item.size, item.motion)
-        return write_caption([described], background, draw.below, split)
 
     again = caption(seen)
     segments = tuple(
@@ -262,28 +245,36 @@ def narrative_scene(
     return RecallScene(scene, seen, starts[2], last, last, align(last + WATCHED_FRAMES))
 
 
-def _others(
-    draw: Draw, colour: Colour, split: Split, aspect: float, zones: tuple[int, int] = (0, 1)
-) -> tuple[SceneObject, SceneObject]:
-    """What the video begins with and the third object, in their views; in other colours than the target."""
-    made: list[SceneObject] = []
-    taken = {colour}
-    for zone in zones:
-        free = [
-            (c, s, m)
-            for c in COLOURS
-            for s in SHAPES
-            for m in MOTIONS
-            if c not in taken and _allowed((c, s, m), split)
-        ]
-        combination = draw.choice(free)
-        taken.add(combination[0])
-        made.append(draw_object(draw, combination, draw.choice(SIZES), split, zone * aspect, aspect))
-    return made[0], made[1]
+class _Cast:
+    """What a scene shows, drawn in a fixed order, and how its captions say so.
 
+    Args:
+        draw: Source of the choices.
+        target: Looks of what comes back; it stands still in the first view.
+        split: Of the other objects and of the wordings.
+        aspect: Width of the view over its height.
+        third_zone: View in which what is seen meanwhile lives.
+    """
 
-def _allowed(combination: tuple[Colour, Shape, Motion], split: Split) -> bool:
-    return split == "any" or (combination in HELDOUT_COMBINATIONS) == (split == "heldout")
+    def __init__(self, draw: Draw, target: Target, split: Split, aspect: float, third_zone: int) -> None:
+        self._draw, self._split = draw, split
+        colour, shape, size = target
+        self.background = draw.choice(BACKGROUNDS)
+        self.hills = draw_hills(draw) if self.background == "hills" else None
+        self.seen = draw_object(draw, (colour, shape, "still"), size, split, 0.0, aspect)
+        self.opener = self._other({colour}, 0.0, aspect)
+        self.third = self._other({colour, self.opener.colour}, third_zone * aspect, aspect)
+
+    def caption(self, item: SceneObject, camera: str = "") -> str:
+        """One object, and what the camera does."""
+        described = Described(item.colour, item.shape, item.size, item.motion)
+        return write_caption([described], self.background, self._draw.below, self._split) + camera
+
+    def _other(self, taken: set[Colour], left: float, aspect: float) -> SceneObject:
+        """An object in a colour that is not taken, in the view whose left edge is at `left`."""
+        free = [item for item in combinations(self._split) if item[0] not in taken]
+        combination = self._draw.choice(free)
+        return draw_object(self._draw, combination, self._draw.choice(SIZES), self._split, left, aspect)
 
 
 def _first(segment: Segment, start: int, stop: int, holds: Callable[[float], bool]) -> int:
