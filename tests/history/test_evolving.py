@@ -153,6 +153,25 @@ def test_the_source_layer_is_what_is_absorbed() -> None:
         assert torch.equal(after, network(state["memory"], layers[layer]["k"], layers[layer]["v"]))
 
 
+@pytest.mark.parametrize("mode", ["update", "prior"])
+def test_only_the_source_layer_is_gathered(
+    mode: Literal["update", "prior"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At Wan's size the other layers of every evicted frame would be copied for nothing."""
+    dit, used = small_dit(), policy(mode, source_layer=-1)
+    seen: list[list[bool]] = []
+    absorb = EvolvingPolicy.absorb
+
+    def noted(self: EvolvingPolicy, state: dict[str, Tensor], evicted: Evicted) -> dict[str, Tensor]:
+        seen.append([bool(layer) for layer in evicted.entries.layers])
+        return absorb(self, state, evicted)
+
+    monkeypatch.setattr(EvolvingPolicy, "absorb", noted)
+    in_place(dit, used)
+    assert all(held == [False, True] for held in seen)
+    assert bool(seen) == (mode == "update")
+
+
 def test_a_memory_that_the_ids_have_no_room_for_is_refused() -> None:
     dit = small_dit()
     tight = CONFIG.replace(positions=Relative(f_max=5))

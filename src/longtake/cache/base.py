@@ -45,6 +45,12 @@ class Entries:
                 }
         return Entries(tuple(made[id(layer)] for layer in self.layers))
 
+    def of_layers(self, layers: Sequence[int] | None) -> Entries:
+        """Entries of some layers, the others empty; None for all."""
+        if layers is None:
+            return self
+        return Entries(tuple(layer if i in layers else {} for i, layer in enumerate(self.layers)))
+
     def without(self, name: str) -> Entries:
         """Entries that lack one part."""
         return Entries(tuple({n: part for n, part in layer.items() if n != name} for layer in self.layers))
@@ -149,9 +155,18 @@ class Buffers:
         """Tokens ``start..stop-1`` of some slots: a view for a slice of slots, else a copy."""
         return self._entries.map(lambda part: take_rows(part, slots)[:, start:stop])
 
-    def gather_blocks(self, slots_i: Tensor, blocks_i: Tensor, start: int, block_tokens: int) -> Entries:
-        """A copy of blocks of tokens, counted from token ``start``: ``[i, block_tokens, ...]``."""
-        return self._entries.map(lambda part: _blocks(part, start, block_tokens)[slots_i, blocks_i])
+    def gather_blocks(
+        self,
+        slots_i: Tensor,
+        blocks_i: Tensor,
+        start: int,
+        block_tokens: int,
+        layers: Sequence[int] | None = None,
+    ) -> Entries:
+        """A copy of blocks of tokens of some layers, counted from token ``start``: ``[i, block_tokens,
+        ...]``."""
+        kept = self._entries.of_layers(layers)
+        return kept.map(lambda part: _blocks(part, start, block_tokens)[slots_i, blocks_i])
 
     def write_blocks(
         self, entries: Entries, slots_i: Tensor, blocks_i: Tensor, start: int, block_tokens: int

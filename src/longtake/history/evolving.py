@@ -115,6 +115,11 @@ class EvolvingPolicy(Policy):
         """See `EvolvingConfig.timing`."""
         return self.config.timing == "second_pass"
 
+    @property
+    def source_layers(self) -> tuple[int, ...]:
+        """The one it is fed from; none in mode "prior"."""
+        return (self.config.source_layer % self._num_layers,) if self.config.mode == "update" else ()
+
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """The learned initial state."""
         return {_STATE: self._network.initial(batch).to(device, dtype)}

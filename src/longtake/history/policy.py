@@ -109,6 +109,13 @@ class Policy(ABC):
         return False
 
     @property
+    def source_layers(self) -> tuple[int, ...] | None:
+        """Layers whose evicted entries :meth:`absorb` reads, the others' mappings being empty; None for all.
+        With none of them evictions are not told at all.
+        """
+        return None
+
+    @property
     def needs_queries(self) -> bool:
         """Whether :meth:`absorb` is to get the newest chunk's queries."""
         return False

@@ -59,7 +59,8 @@ class SlotMemory:
             queries: of the committed chunk, see `Evicted`.
             slots, plans, records: one of each per row of the entries.
         """
-        if self._grid is None:
+        layers = self._policy.source_layers
+        if self._grid is None or layers == ():
             return
         groups: dict[tuple[int, tuple[int, ...]], list[int]] = {}
         for row, plan in enumerate(plans):
@@ -70,10 +71,11 @@ class SlotMemory:
             if num_blocks:
                 where = [(slots[row], block) for row in rows for block in plans[row].evicted_blocks]
                 stored = [plans[row].evicted_frames[:num_blocks] for row in rows]
-                pieces.append(self._storage.gather(where, stored))
+                pieces.append(self._storage.gather(where, stored, layers))
             if own:
                 tokens = self._storage.frame_tokens
-                pieces.append(entries.select(rows).tokens(own[0] * tokens, (own[-1] + 1) * tokens))
+                chunk = entries.of_layers(layers).select(rows)
+                pieces.append(chunk.tokens(own[0] * tokens, (own[-1] + 1) * tokens))
             evicted = Evicted(
                 tuple(plans[row].evicted_frames for row in rows),
                 Entries.cat(pieces),
@@ -104,8 +106,9 @@ class SlotMemory:
         for name, tensor in self._state.items():
             tensor[slot : slot + 1] = self._start[name]
         local = tuple(record.local) if places is not None else ()
-        if places is not None and local:
-            stored = self._storage.gather([(slot, places[frame]) for frame in local], [local])
+        if places is not None and local and self._policy.source_layers != ():
+            where = [(slot, places[frame]) for frame in local]
+            stored = self._storage.gather(where, [local], self._policy.source_layers)
             self._absorb([slot], Evicted((local,), stored))
         record.num_evicted = len(local)
         self._publish([slot], [record])

@@ -121,14 +121,20 @@ class SlotStorage:
             self._buffers["sink"], entries, [write for write in writes if write.block < self.sink_frames]
         )
 
-    def gather(self, where: Sequence[tuple[int, int]], frames: Sequence[Sequence[int]]) -> Entries:
+    def gather(
+        self,
+        where: Sequence[tuple[int, int]],
+        frames: Sequence[Sequence[int]],
+        layers: Sequence[int] | None = None,
+    ) -> Entries:
         """Copies of stored frames, un-rotated.
 
         Args:
             where: (slot, block) of each, row by row.
             frames: for each row the index in the stream of its frames, all rows equally many.
+            layers: that are wanted; None for all.
         """
-        blocks = self._buffers["past"].gather_blocks(*self._index(where), 0, self.frame_tokens)
+        blocks = self._buffers["past"].gather_blocks(*self._index(where), 0, self.frame_tokens, layers)
 
         def regrouped(part: Tensor) -> Tensor:
             return part.flatten(0, 1).reshape(len(frames), -1, *part.shape[2:])
