@@ -27,6 +27,7 @@ from longtake.world.vocabulary import LEVELS
 _FIRST_SEED = 1 << 30
 _HELD_OUT_SEED = 1 << 40  # far from every training scene
 _MIXED_LEVELS = (1, 2, 1, 3)
+_WINDOW_LEVELS = (1, 2, 3, 3)  # half of level 3 pans, half switches prompts
 _FIRST_LEVELS = (1, 2, 2, 3)  # several objects are decided in the first chunk
 
 
@@ -47,7 +48,7 @@ def tiny() -> Recipe:
         dit_model=DiTConfig(
             width=256,
             ffn_width=1024,
-            num_layers=5,
+            num_layers=8,
             num_heads=8,
             in_channels=channels,
             out_channels=channels,
@@ -56,7 +57,7 @@ def tiny() -> Recipe:
             text_length=text_model.text_length,
             frequency_width=128,
             mask_text=True,
-            cross_attention_layers=(0, 2),
+            cross_attention_layers=(0, 2, 4, 6),
             pooled_text=True,
             spatial_embedding=(4, 4),
             frame_embedding=3,
@@ -91,7 +92,7 @@ def tiny() -> Recipe:
         first_latents=LatentCacheConfig(
             first_seed=_FIRST_SEED, num_clips=16384, num_latent_frames=3, levels=_FIRST_LEVELS
         ),
-        latents=LatentCacheConfig(num_latent_frames=21, levels=_MIXED_LEVELS),
+        latents=LatentCacheConfig(num_latent_frames=21, levels=_WINDOW_LEVELS, turns=0.5),
         held_out=LatentCacheConfig(
             first_seed=_HELD_OUT_SEED,
             num_clips=192,
@@ -112,14 +113,15 @@ def tiny() -> Recipe:
             loop=LoopConfig(num_steps=4650, num_warmup_steps=60, decay_from=0.0),
             muon_learning_rate=1.5e-3,
             adamw_learning_rate=8e-4,
-            num_clips=3,
-            num_copies=4,
-            num_first_clips=40,
+            num_clips=4,
+            num_copies=3,
+            num_first_clips=32,
             num_first_copies=2,
             first_weight=4.0,
             fresh_clips=True,
             sigma_shift=3.0,
             guide_weight=2.0,
+            guide_layer=4,
             prompt_guide_weight=0.1,
             foreground_weight=2.0,
             final_foreground_weight=2.0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -15,13 +16,15 @@ from longtake.stream.bundle import _packed, _unpacked, load_networks, save_model
 from model_file import write_model
 
 CONVOLUTION = "vae.encoder.fine.0.conv1.weight"
+MATRIX = "dit.blocks.0.ffn.0.weight"
 
 
-def test_the_encoder_takes_a_byte_a_weight_and_everything_else_two(tmp_path: Path) -> None:
+def test_encoder_and_blocks_take_a_byte_a_weight_and_everything_else_two(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors")
     stored, _ = read_safetensors(path)
     for name, tensor in stored.items():
         whole = name.startswith("vae.encoder.") and tensor.dim() == 4
+        whole |= name.startswith("dit.blocks.") and tensor.dim() == 2
         assert tensor.dtype == (torch.int8 if whole else torch.half), name
     card, networks = load_networks(path)
     again = tmp_path / "again.safetensors"
@@ -30,25 +33,33 @@ def test_the_encoder_takes_a_byte_a_weight_and_everything_else_two(tmp_path: Pat
         torch.testing.assert_close(tensor, networks.state_dict()[name], atol=1e-7, rtol=2e-3)
 
 
-@given(st.integers(0, 1 << 30), st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 300.0]))
-def test_a_convolution_is_off_by_half_a_step_at_most(seed: int, size: float) -> None:
-    weight = size * torch.randn(5, 3, 3, 3, generator=torch.Generator().manual_seed(seed))
-    stored = _packed(CONVOLUTION, weight)
+@given(
+    st.integers(0, 1 << 30),
+    st.sampled_from([0.0, 1e-9, 1e-4, 1.0, 300.0]),
+    st.sampled_from([(CONVOLUTION, (5, 3, 3, 3)), (MATRIX, (5, 27))]),
+)
+def test_a_weight_is_off_by_half_a_step_at_most(
+    seed: int, size: float, kind: tuple[str, tuple[int, ...]]
+) -> None:
+    name, shape = kind
+    weight = size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    stored = _packed(name, weight)
     back = _unpacked(stored)
-    assert set(back) == {CONVOLUTION}
-    step = stored[CONVOLUTION + ".scale"].float()[:, None, None, None]
+    assert set(back) == {name}
+    step = stored[name + ".scale"].float().view(-1, *(1,) * (len(shape) - 1))
     assert bool((step > 0).all())
-    assert bool(((back[CONVOLUTION] - weight).abs() <= 0.5001 * step).all())
+    assert bool(((back[name] - weight).abs() <= 0.5001 * step).all())
     assert bool((step.flatten() <= weight.abs().flatten(1).amax(1) / 127 * 1.002 + 1.3e-7).all())
 
 
 def test_a_lost_or_wrong_scale_is_told(tmp_path: Path) -> None:
     path = write_model(tmp_path / "model.safetensors")
     stored, metadata = read_safetensors(path)
-    for scale in (None, torch.ones(3).half()):
-        broken = {name: tensor for name, tensor in stored.items() if name != CONVOLUTION + ".scale"}
-        if scale is not None:
-            broken[CONVOLUTION + ".scale"] = scale
-        write_safetensors(path, broken, metadata)
-        with pytest.raises(CheckpointError, match=r"vae\.encoder\.fine\.0\.conv1\.weight"):
-            load_networks(path)
+    for name in (CONVOLUTION, MATRIX):
+        for scale in (None, torch.ones(3).half()):
+            broken = {key: tensor for key, tensor in stored.items() if key != name + ".scale"}
+            if scale is not None:
+                broken[name + ".scale"] = scale
+            write_safetensors(path, broken, metadata)
+            with pytest.raises(CheckpointError, match=re.escape(name)):
+                load_networks(path)

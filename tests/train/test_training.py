@@ -195,7 +195,25 @@ def test_prompts_switch_where_chunks_begin_and_where_the_scene_does() -> None:
     assert {item.start == 0 for item in pans} == {True, False}
     assert all(item.opens == (item.start == 0) for item in pans)
     short = config.replace(num_latent_frames=3)
-    assert all(excerpt(short, seed, 3, 4).opens for seed in range(20))
+    assert all(
+        excerpt(short.replace(turns=turns), seed, 3, 4).opens for seed in range(20) for turns in (0.0, 1.0)
+    )
+
+
+def test_clips_of_turns_have_the_camera_turn_round() -> None:
+    config = LatentCacheConfig(num_latent_frames=21, chunk_frames=3, turns=1.0)
+    shown = [excerpt(config, seed, 3, 4) for seed in range(60)]
+    pans = [item for item in shown if item.scene.segments[0].camera.panning]
+    ends = set()
+    for item in pans:
+        camera = item.scene.segments[0].camera
+        offsets = camera.offsets(np.arange(item.start, item.start + 81))
+        (turns,) = np.nonzero(np.diff(np.sign(np.diff(offsets))))
+        assert len(turns) in (1, 2)  # a step that holds the turn itself may have either sign
+        assert 18 <= turns[0] <= 62
+        ends.add(offsets[turns[0]] > camera.travel / 2)
+        assert not item.opens
+    assert ends == {True, False}
 
 
 def test_fresh_clips_follow_from_the_generator() -> None:

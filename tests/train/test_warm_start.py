@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from longtake.errors import CheckpointError
+from longtake.history.base import HistoryConfig
+from longtake.history.positions import Relative
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
+from longtake.train.walk import Walk
 from longtake.train.warm_start import warm_start
 from toy_training import DIT, TEXT, VAE
 
@@ -45,8 +48,31 @@ def test_finer_mixes_begin_small_and_the_rest_is_loaded() -> None:
     assert torch.equal(after[:, 0], before[:, 0])  # nothing is before the first frame
 
 
+def test_a_deeper_network_starts_as_the_shallower_one_and_learns_everywhere() -> None:
+    old = DiT(DIT.replace(num_layers=3, cross_attention_layers=(0, 2)))
+    for parameter in old.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    new = DiT(DIT.replace(num_layers=5, cross_attention_layers=(0, 1, 2, 4)))
+    warm_start(new, old.state_dict(), "old")
+    history = HistoryConfig(window_frames=6, sink_frames=2, chunk_frames=2, positions=Relative(f_max=5))
+    prompts = torch.randn(2, DIT.text_length, DIT.text_width)
+    walks = [Walk(dit, history, dit.encode_text(prompts), 2, 4, 4) for dit in (old, new)]
+    for _ in range(4):
+        clean, sigma = torch.randn(2, 2, DIT.in_channels, 4, 4), torch.tensor([0.3, 0.9])
+        before, after = (walk.advance(clean, sigma, clean) for walk in walks)
+        torch.testing.assert_close(after, before)
+    after.square().mean().backward()
+    outputs = [p for name, p in new.named_parameters() if name.startswith("blocks.") and ".o.weight" in name]
+    assert len(outputs) == 9
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in outputs)
+
+
 def test_other_differences_are_refused() -> None:
     with pytest.raises(CheckpointError, match="wrong shape: position"):
         warm_start(TinyTextEncoder(TEXT), TinyTextEncoder(TEXT.replace(max_words=99)).state_dict(), "old")
-    with pytest.raises(CheckpointError, match="old does not fit.*missing: blocks"):
-        warm_start(DiT(DIT.replace(num_layers=3)), DiT(DIT).state_dict(), "old")
+    with pytest.raises(CheckpointError, match="old does not fit.*unexpected: blocks"):
+        warm_start(DiT(DIT), DiT(DIT.replace(num_layers=3)).state_dict(), "old")
+    with pytest.raises(CheckpointError, match="old does not fit.*unexpected: blocks.1.cross_attn"):
+        warm_start(DiT(DIT), DiT(DIT.replace(cross_attention_layers="all")).state_dict(), "old")
+    with pytest.raises(CheckpointError, match="old does not fit.*missing: blocks.0.norm3"):
+        warm_start(DiT(DIT), DiT(DIT.replace(cross_attention_layers=(1,))).state_dict(), "old")

@@ -2,8 +2,8 @@
 
 The file is a safetensors file with tensors `vae.*`, `text.*` and `dit.*`, stored in half precision and
 computed in single, and a `ModelCard` as JSON under the metadata key `longtake`. `longtake models` reads the
-header alone. Convolutions of the VAE's encoder, which no stream runs, are stored as int8 with a scale for
-each output channel under `NAME.scale`.
+header alone. Convolutions of the VAE's encoder, which no stream runs, and the matrices of the DiT's blocks
+are stored as int8 with a scale for each output channel under `NAME.scale`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
 METADATA_KEY = "longtake"
-_AS_INT8 = "vae.encoder."
+_AS_INT8 = {"vae.encoder.": 4, "dit.blocks.": 2}
+"""What is stored as int8: names that begin so, of tensors with so many dimensions."""
 _SCALE = ".scale"
 
 
@@ -149,12 +150,12 @@ def save_model(path: Path, card: ModelCard, networks: Mapping[str, nn.Module]) -
 
 def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     """What is stored of a tensor."""
-    if not (name.startswith(_AS_INT8) and tensor.dim() == 4):
+    if not any(name.startswith(prefix) and tensor.dim() == dims for prefix, dims in _AS_INT8.items()):
         return {name: tensor.half().contiguous()}
     largest = tensor.abs().flatten(1).amax(1)
     # Rounded up to half precision, so that nothing exceeds 127, and above 0, so that zeros divide.
     scale = torch.nextafter((largest / 127).half(), torch.tensor(torch.inf, dtype=torch.half))
-    rounded = (tensor / scale.float()[:, None, None, None]).round().to(torch.int8)
+    rounded = (tensor / _along_rows(scale, tensor)).round().to(torch.int8)
     return {name: rounded.contiguous(), name + _SCALE: scale}
 
 
@@ -168,6 +169,11 @@ def _unpacked(stored: Mapping[str, Tensor], source: str = "the file") -> dict[st
             scale = stored.get(name + _SCALE)
             if scale is None or scale.shape != tensor.shape[:1]:
                 raise CheckpointError(f"{source}: {name!r} has no scales", "fetch the file again")
-            tensor = tensor.float() * scale.float()[:, None, None, None]
+            tensor = tensor.float() * _along_rows(scale, tensor)
         state[name] = tensor
     return state
+
+
+def _along_rows(scale: Tensor, tensor: Tensor) -> Tensor:
+    """A number per output channel, to multiply a tensor with."""
+    return scale.float().view(-1, *(1,) * (tensor.dim() - 1))

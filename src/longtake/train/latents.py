@@ -48,6 +48,13 @@ class LatentCacheConfig(Config):
     chunk_frames: int = Field(3, ge=1, description="latent frames; prompts switch where a chunk begins")
     max_start_frame: int = Field(400, ge=1)
     levels: tuple[int, ...] = Field((1,), min_length=1, description="clip i is of the (i modulo n)-th level")
+    turns: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of panning clips that are taken from where the camera turns round, so that "
+        "something may come back within the clip",
+    )
     split: Split = "train"
     height: int = Field(64, ge=8)
     width: int = Field(64, ge=8)
@@ -208,10 +215,20 @@ def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Ex
     whole: Prompts = ((0, first.caption),)
     if not isinstance(first.camera, Camera) or not first.camera.panning:
         return Excerpt(scene, int(rng.integers(config.max_start_frame)), whole, True)
-    if config.num_latent_frames <= config.chunk_frames or rng.random() < 0.5:
+    several = config.num_latent_frames > config.chunk_frames
+    if several and config.turns > 0 and rng.random() < config.turns:
+        num_frames = 1 + (config.num_latent_frames - 1) * stride
+        return Excerpt(scene, _before_turn(first.camera, num_frames, rng), whole, False)
+    if not several or rng.random() < 0.5:
         return Excerpt(scene, 0, whole, True)
     period = round(2 * first.camera.travel / first.camera.speed)
     return Excerpt(scene, 1 + int(rng.integers(period)), whole, False)
+
+
+def _before_turn(camera: Camera, num_frames: int, rng: np.random.Generator) -> int:
+    """First frame of a part in whose middle half the camera turns round, at the one end or the other."""
+    turn = camera.travel / camera.speed * (1 + int(rng.integers(2)))
+    return max(1, round(turn - num_frames * rng.uniform(0.25, 0.75)))
 
 
 def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.random.Generator) -> Excerpt:

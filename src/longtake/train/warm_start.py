@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +21,11 @@ _RESIZED = ("spatial_embedding.weight",)
 
 def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights into a module that may have grown: longer prompts, another token grid, finer time mixing,
-    a memory.
+    a memory, more blocks, cross-attention in more of them.
+
+    Blocks are spread evenly over the larger number. A new one, or a new cross-attention, is a copy of the
+    last before it that adds nothing yet: its output projections are zero, so a deeper network starts as
+    what the shallower one was.
 
     Args:
         module: the small VAE, text encoder or DiT.
@@ -29,6 +35,7 @@ def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     Raises:
         CheckpointError: a difference that is no growth of these kinds.
     """
+    weights = _deepened(module, weights)
     adapted = dict(weights)
     for name, own in module.state_dict().items():
         given = weights.get(name)
@@ -44,3 +51,46 @@ def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) ->
             grid = own.shape[1:]
             adapted[name] = F.interpolate(given[None], size=grid, mode="bilinear", align_corners=False)[0]
     load_into(module, adapted, source)
+
+
+_BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
+_OUTPUTS = ("self_attn.o.", "cross_attn.o.", "ffn.2.")
+_CROSS_ATTENTION = ("norm3.", "cross_attn.")
+
+
+def _deepened(module: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The weights as those of a network with the module's blocks."""
+    own = _blocks(module.state_dict())
+    old = _blocks(weights)
+    if not old or len(own) < len(old):
+        return weights
+    places = _spread(len(old), len(own))
+    adapted = {name: tensor for name, tensor in weights.items() if _BLOCK.match(name) is None}
+    last: dict[str, Tensor] = {}
+    for index, parts in sorted(own.items()):
+        given = old[places.index(index)] if index in places else {}
+        for part in parts:
+            if part in given:
+                last[part] = given[part]
+            elif part not in last or (given and not part.startswith(_CROSS_ATTENTION)):
+                continue  # left to be reported as missing
+            adds_nothing = part not in given and part.startswith(_OUTPUTS)
+            adapted[f"blocks.{index}.{part}"] = torch.zeros_like(last[part]) if adds_nothing else last[part]
+        for part in given.keys() - parts.keys():
+            adapted[f"blocks.{index}.{part}"] = given[part]  # too much, to be reported
+    return adapted
+
+
+def _blocks(weights: Mapping[str, Tensor]) -> dict[int, dict[str, Tensor]]:
+    """The weights of each block."""
+    blocks: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in weights.items():
+        match = _BLOCK.match(name)
+        if match is not None:
+            blocks.setdefault(int(match[1]), {})[match[2]] = tensor
+    return blocks
+
+
+def _spread(count: int, places: int) -> list[int]:
+    """Where so many blocks go among more places: the first stays first, the last is last."""
+    return [round(index * (places - 1) / max(1, count - 1)) for index in range(count)]
