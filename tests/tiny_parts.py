@@ -13,10 +13,12 @@ from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiT, DiTConfig
+from longtake.models.latent import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
 GRID = (2, 3)
+LATENT = LatentConfig(kv_rank=(8, 10), query_rank=16, nope_dim=6, rope_bands=(1, 1, (1,)))
 MEMORY = MemoryEncoderConfig(width=24, num_heads=2, num_frames=2, rows=2, columns=2, num_layers=1)
 
 

@@ -245,8 +245,9 @@ def _verify_memory(recording: Recording) -> dict[str, float]:
     for update in range(num_updates):
         state = encoder(state, recording.tensor("evicted_k")[update], recording.tensor("evicted_v")[update])
         states.append(state)
-        for kept, read in zip((keys, values), encoder.read(state), strict=True):
-            kept.append(read)
+        read = encoder.read(state)
+        keys.append(read["k"])
+        values.append(read["v"])
     return {
         name: max_error(torch.stack(ours), recording.tensor(name))
         for name, ours in (("memory", states), ("read_k", keys), ("read_v", values))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import Entries
+from longtake.cache.dense import dense_layout
 from longtake.diffusion.sampler import context_pass
 from longtake.errors import ConfigError, HistoryError
 from longtake.history.base import HistoryConfig, HistoryView
 from longtake.history.evolving import EvolvingConfig, EvolvingPolicy
-from longtake.history.policy import Evicted, Policy
+from longtake.history.policy import Evicted, Policy, Surroundings
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
@@ -41,7 +42,8 @@ def policy(
     **changes: object,
 ) -> EvolvingPolicy:
     config = EvolvingConfig(mode=mode).replace(**changes)
-    return EvolvingPolicy(network or encoder(), GRID_OF_MEMORY, 2, config)
+    surroundings = Surroundings(dense_layout(2, 2, 12), GRID, network or encoder())
+    return EvolvingPolicy(surroundings, GRID_OF_MEMORY, config)
 
 
 def text_of(dit: DiT) -> TextContext:

@@ -23,8 +23,7 @@ from longtake.history.pure import PureHistory
 from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.history.slots import SlotHistory
 from longtake.history.window import WindowConfig
-from longtake.models.dit import DiT
-from tiny_parts import GRID, MEMORY, small_dit
+from tiny_parts import GRID, LATENT, MEMORY, small_dit
 
 POLICIES: dict[str, Any] = {
     "window": WindowConfig(),
@@ -44,18 +43,18 @@ TOKENS = GRID[0] * GRID[1]
 SPEC = dense_layout(num_layers=2, num_heads=1, head_dim=2)
 
 
-def dit() -> DiT:
-    return small_dit(memory=MEMORY)
+LAYOUTS = {"dense": None} | {path: LATENT.replace(path=path) for path in ("expand", "absorbed")}
 
 
 @pytest.mark.parametrize("name", POLICIES)
 @pytest.mark.parametrize("positions", [Relative(f_max=8), Relative(f_max=6), Absolute()])
 @pytest.mark.parametrize(("sink", "window"), [(1, 5), (0, 4), (3, 5), (1, None)])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_histories_agree_for_streams_at_different_lengths(
-    name: str, positions: Any, sink: int, window: int | None
+    name: str, positions: Any, sink: int, window: int | None, layout: str
 ) -> None:
-    """The full product of policies, positions and windows, or a refusal that says why."""
-    network = dit()
+    """The full product of layouts, policies, positions and windows, or a refusal that says why."""
+    network = small_dit(memory=MEMORY, latent=LAYOUTS[layout])
 
     def both() -> tuple[PureHistory, SlotHistory]:
         config = HistoryConfig(

@@ -126,18 +126,18 @@ class Buffers:
         layers: Sequence[int] | None = None,
         shared: bool = False,
     ) -> None:
-        def allocated() -> dict[str, Tensor]:
+        def allocated(layer: int) -> dict[str, Tensor]:
             return {
                 name: torch.zeros(num_slots, capacity_tokens, *part.shape, device=device, dtype=dtype)
-                for name, part in spec.parts
+                for name, part in spec.layers[layer]
                 if names is None or name in names
             }
 
         self.capacity_tokens = capacity_tokens
         kept = range(spec.num_layers) if layers is None else layers
-        first = allocated()
+        first = allocated(kept[0])
         self._layers: dict[int, dict[str, Tensor]] = {
-            layer: first if shared or layer == kept[0] else allocated() for layer in kept
+            layer: first if shared or layer == kept[0] else allocated(layer) for layer in kept
         }
         self._entries = Entries(tuple(self._layers.get(layer, {}) for layer in range(spec.num_layers)))
         self._distinct = {kept[0]: first} if shared else self._layers

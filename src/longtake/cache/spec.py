@@ -24,6 +24,10 @@ class PartSpec:
     rotary: bool = False
 
 
+Parts = tuple[tuple[str, PartSpec], ...]
+"""What a token leaves in one layer, by name."""
+
+
 @dataclass(frozen=True)
 class CacheSpec:
     """A layout: the parts one token leaves in each layer, and how its rotary parts turn.
@@ -31,17 +35,34 @@ class CacheSpec:
     A new layout is a function that returns a ``CacheSpec`` (in a file of its own beside ``dense.py``) and
     an attention module that emits and reads its parts by name; buffers, histories and policies need no
     change.
+
+    Args:
+        layers: of each layer its parts; names are the same in all, shapes may differ.
+        rope: of all rotary parts.
     """
 
-    num_layers: int
-    parts: tuple[tuple[str, PartSpec], ...]
+    layers: tuple[Parts, ...]
     rope: RopeSpec
+
+    @property
+    def num_layers(self) -> int:
+        """Layers."""
+        return len(self.layers)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the parts."""
+        return tuple(name for name, _ in self.layers[0])
 
     @property
     def rotary_parts(self) -> tuple[str, ...]:
         """Names of the parts that turn with position."""
-        return tuple(name for name, part in self.parts if part.rotary)
+        return tuple(name for name, part in self.layers[0] if part.rotary)
+
+    def numbers_per_token(self, layer: int) -> int:
+        """Numbers that one token leaves in a layer."""
+        return sum(prod(part.shape) for _, part in self.layers[layer])
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes that one token occupies over all layers."""
-        return self.num_layers * sum(prod(part.shape) for _, part in self.parts) * dtype.itemsize
+        return dtype.itemsize * sum(self.numbers_per_token(layer) for layer in range(self.num_layers))

@@ -11,7 +11,7 @@ training).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -162,9 +162,20 @@ class HistoryView:
             return rotate(x_rthd, self.phases)
         return rotate(torch.unflatten(x_rthd, 0, (self.copies, -1)), self.phases).flatten(0, 1)
 
+    def past(self, layer: int) -> list[Mapping[str, Tensor]]:
+        """What a layer reads of the past, segment by segment, one row per base row. Segments may differ in
+        layout.
+        """
+        return [parts for segment in self.segments if (parts := segment.layers[layer])]
+
     def with_own(self, layer: int, name: str, own_rt: Tensor) -> Tensor:
         """Past and own tokens of one part, ``[r, k, ...]``: the one copy an attention layer makes."""
-        past = [parts[name] for segment in self.segments if (parts := segment.layers[layer])]
+        return self.joined([parts[name] for parts in self.past(layer)], own_rt)
+
+    def joined(self, past: Sequence[Tensor], own_rt: Tensor) -> Tensor:
+        """Tensors ``[b, tokens, ...]`` that follow from the past, then one of the own tokens: ``[r, k,
+        ...]``.
+        """
         if not past:
             return own_rt
         if self.copies == 1:

@@ -59,7 +59,7 @@ class EvolvingConfig(PolicyConfig):
         num_frames, rows, columns = surroundings.memory.grid
         height, width = surroundings.grid
         grid = (num_frames, spread(rows, height), spread(columns, width))
-        return EvolvingPolicy(surroundings.memory, grid, surroundings.spec.num_layers, self)
+        return EvolvingPolicy(surroundings, grid, self)
 
 
 class EvolvingPolicy(Policy):
@@ -68,9 +68,8 @@ class EvolvingPolicy(Policy):
     The sink never leaves, so it is never absorbed.
 
     Args:
-        network: encoder and reader.
+        surroundings: encoder and reader, and what they read and are read as.
         grid: where the memory tokens stand: frames, row ids, column ids.
-        num_layers: of the DiT.
         config: mode, source, readers.
 
     Raises:
@@ -79,12 +78,12 @@ class EvolvingPolicy(Policy):
 
     def __init__(
         self,
-        network: MemoryNetwork,
+        surroundings: Surroundings,
         grid: tuple[int, Sequence[float], Sequence[float]],
-        num_layers: int,
         config: EvolvingConfig | None = None,
     ) -> None:
         self.config = EvolvingConfig() if config is None else config
+        num_layers = surroundings.spec.num_layers
         named = self.config.read_layers
         readers = tuple(range(num_layers)) if named == "all" else named
         if not readers or list(readers) != sorted({*readers} & {*range(num_layers)}):
@@ -101,8 +100,11 @@ class EvolvingPolicy(Policy):
                 f"source_layer={self.config.source_layer}, but the DiT has {num_layers} layers",
                 f"use {-num_layers}..{num_layers - 1}",
             )
-        self._network = network
-        self._grid = MemoryGrid.regular(*grid, layers=readers, shared=True)
+        assert surroundings.memory is not None
+        self._network: MemoryNetwork = surroundings.memory
+        self._dense = surroundings.dense
+        layout = surroundings.memory_layout
+        self._grid = MemoryGrid.regular(*grid, layers=readers, shared=True, layout=layout)
         self._num_layers = num_layers
 
     @property
@@ -132,12 +134,12 @@ class EvolvingPolicy(Policy):
         """One gated update per commit that evicts."""
         if self.config.mode != "update":
             return state
-        source = evicted.entries.layers[self.config.source_layer]
-        return {_STATE: self._network(state[_STATE], source["k"], source["v"]).type_as(state[_STATE])}
+        [layer] = self.source_layers
+        keys, values = self._dense(layer, evicted.entries.layers[layer])
+        return {_STATE: self._network(state[_STATE], keys, values).type_as(state[_STATE])}
 
     def read(self, state: PolicyState) -> Entries:
-        """The same keys and values for every layer that reads."""
-        keys, values = self._network.read(state[_STATE])
-        read = {"k": keys, "v": values}
+        """The same entries for every layer that reads."""
+        read = self._network.read(state[_STATE])
         assert self._grid.layers is not None
         return Entries(tuple(read if i in self._grid.layers else {} for i in range(self._num_layers)))

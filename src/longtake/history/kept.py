@@ -26,12 +26,14 @@ class Leaving:
     """Frames that leave, as one layer keeps them.
 
     Args:
+        layer: its index.
         parts: by name ``[b, f, n, ...]``, oldest frame first.
         frames: for each row their indices in the stream.
         count_b: frames that the stream had evicted before.
         queries_bqhd: of the newest chunk, see `Evicted`; None where the policy does not need them.
     """
 
+    layer: int
     parts: dict[str, Tensor]
     frames: tuple[tuple[int, ...], ...]
     count_b: Tensor
@@ -58,13 +60,16 @@ class KeptEntries(Policy):
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """Zeros, which are never read."""
-        shapes = {name: (*self.state_shape(), *part.shape) for name, part in self._spec.parts}
+        shapes = [
+            {name: (*self.state_shape(), *part.shape) for name, part in parts} | self.extra_shapes()
+            for parts in self._spec.layers
+        ]
         kept = {
             f"{layer}.{name}": torch.zeros(
                 batch, *shape, device=device, dtype=torch.float32 if self.averages else dtype
             )
-            for layer in range(self._spec.num_layers)
-            for name, shape in (shapes | self.extra_shapes()).items()
+            for layer, of_layer in enumerate(shapes)
+            for name, shape in of_layer.items()
         }
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         return kept | {_COUNT: count, _LIKE: torch.zeros(batch, 1, dtype=dtype, device=device)}
@@ -79,8 +84,7 @@ class KeptEntries(Policy):
         new: PolicyState = {_COUNT: count_b + len(evicted.frames[0]), _LIKE: state[_LIKE]}
         for i, layer in enumerate(evicted.entries.layers):
             parts = {
-                name: torch.unflatten(layer[name], 1, (-1, self._frame_tokens))
-                for name, _ in self._spec.parts
+                name: torch.unflatten(layer[name], 1, (-1, self._frame_tokens)) for name in self._spec.names
             }
             kept = {name: state[f"{i}.{name}"] for name in (*parts, *self.extra_shapes())}
             for name, part in parts.items():
@@ -88,7 +92,7 @@ class KeptEntries(Policy):
                 first = self.filled(part[:, 0].type_as(kept[name]))
                 kept[name] = torch.where(started, kept[name], first)
             queries_bqhd = None if evicted.queries is None else evicted.queries[i]
-            changed = self.keep(kept, Leaving(parts, evicted.frames, count_b, queries_bqhd))
+            changed = self.keep(kept, Leaving(i, parts, evicted.frames, count_b, queries_bqhd))
             new |= {f"{i}.{name}": part for name, part in changed.items()}
         return new
 
@@ -98,7 +102,7 @@ class KeptEntries(Policy):
             tuple(
                 {
                     name: self.shown(state[f"{layer}.{name}"]).type_as(state[_LIKE])
-                    for name, _ in self._spec.parts
+                    for name in self._spec.names
                 }
                 for layer in range(self._spec.num_layers)
             )

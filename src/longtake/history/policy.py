@@ -9,7 +9,7 @@ Legend: b rows, m memory tokens, k evicted tokens, h heads, d head dim, w width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -54,12 +54,14 @@ class MemoryGrid:
             its row id and its column id; real numbers.
         layers: that read the memory; None for all. ``shared``: all of them read the same keys and values,
             which are then kept once.
+        layout: of the memory's entries; None where it is that of the frames.
     """
 
     num_frames: int
     places: tuple[tuple[float, float, float], ...]
     layers: tuple[int, ...] | None = None
     shared: bool = False
+    layout: CacheSpec | None = None
 
     @classmethod
     def regular(
@@ -70,9 +72,11 @@ class MemoryGrid:
         layers: tuple[int, ...] | None = None,
         *,
         shared: bool = False,
+        layout: CacheSpec | None = None,
     ) -> MemoryGrid:
         """Whole frames of tokens, frame by frame, row by row."""
-        return cls(num_frames, tuple(product(range(num_frames), row_ids, column_ids)), layers, shared)
+        places = tuple(product(range(num_frames), row_ids, column_ids))
+        return cls(num_frames, places, layers, shared, layout)
 
     @property
     def num_tokens(self) -> int:
@@ -155,8 +159,13 @@ class MemoryNetwork(Protocol):
     def __call__(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
         """The state after evicted entries of the source layer."""
 
-    def read(self, state_bmw: Tensor) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys and values ``[b, m, h, d]`` for every layer."""
+    def read(self, state_bmw: Tensor) -> Mapping[str, Tensor]:
+        """Un-rotated entries ``[b, m, ...]`` for every layer."""
+
+
+def as_stored(layer: int, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of the dense layout."""
+    return parts["k"], parts["v"]
 
 
 @dataclass(frozen=True)
@@ -166,12 +175,16 @@ class Surroundings:
     Args:
         spec: the layout of entries.
         grid: tokens per frame as (rows, columns).
-        memory: the DiT's learned memory, or None.
+        memory: the DiT's learned memory, or None. ``memory_layout``: of what it reads as; None for `spec`.
+        dense: makes un-rotated keys and values ``[b, tokens, h, d]`` of the parts ``[b, tokens, ...]`` of a
+            layer's entries, whatever their layout.
     """
 
     spec: CacheSpec
     grid: tuple[int, int]
     memory: MemoryNetwork | None = None
+    memory_layout: CacheSpec | None = None
+    dense: Callable[[int, Mapping[str, Tensor]], tuple[Tensor, Tensor]] = as_stored
 
 
 class PolicyConfig(Config, ABC):

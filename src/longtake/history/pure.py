@@ -132,8 +132,9 @@ class PureHistory:
         segments: list[Entries] = []
         if memory is not None and reads_memory:
             assert state is not None
-            phases = memory.phases([ids.memory[0]], self.spec.rope).to(self.device)
-            segments.append(self.policy.read(state).rotated(phases, self.spec))
+            layout = memory.layout or self.spec
+            phases = memory.phases([ids.memory[0]], layout.rope).to(self.device)
+            segments.append(self.policy.read(state).rotated(phases, layout))
         if self.sink and ids.sink == self.sink_frames:
             segments += [piece.rotated for piece in self.sink]
         elif self.sink:

@@ -85,6 +85,7 @@ class MostAttendedPolicy(KeptFrames):
     def __init__(self, surroundings: Surroundings, config: MostAttendedConfig) -> None:
         super().__init__(surroundings, config.num_frames)
         self._config = config
+        self._dense = surroundings.dense
 
     @property
     def needs_queries(self) -> bool:
@@ -97,11 +98,14 @@ class MostAttendedPolicy(KeptFrames):
 
     def keep(self, kept: dict[str, Tensor], leaving: Leaving) -> dict[str, Tensor]:
         """The best of both, oldest first."""
-        # Where a memory is rebuilt no chunk asks for anything: the newest frame's keys stand in.
-        queries_bqhd = leaving.parts["k"][:, -1] if leaving.queries_bqhd is None else leaving.queries_bqhd
         candidates = {name: torch.cat([kept[name], part], dim=1) for name, part in leaving.parts.items()}
         with torch.no_grad():
-            now_bfn = _attention_received(queries_bqhd, candidates["k"])
+            tokens = {name: part.flatten(1, 2) for name, part in candidates.items()}
+            keys_bkhd, _ = self._dense(leaving.layer, tokens)
+            keys_bfnhd = torch.unflatten(keys_bkhd, 1, (-1, self._frame_tokens))
+            # Where a memory is rebuilt no chunk asks for anything: the newest frame's keys stand in.
+            asked_by = leaving.queries_bqhd
+            now_bfn = _attention_received(keys_bfnhd[:, -1] if asked_by is None else asked_by, keys_bfnhd)
             before_bfn = torch.nn.functional.pad(
                 self._config.decay * kept["score"], (0, 0, 0, now_bfn.shape[1] - self._num_frames)
             )

@@ -63,19 +63,22 @@ class SlotStorage:
         self.memory_tokens = 0 if memory is None else memory.num_tokens
         self._memory_grid = memory
         self._sink_tokens = sink_frames * self.frame_tokens
-        rotary = spec.rotary_parts
 
-        def buffers(tokens: int, names: Sequence[str] | None = None, **kept: Any) -> Buffers:
-            return Buffers(spec, num_slots, tokens, device, dtype, names, **kept)
+        def buffers(
+            layout: CacheSpec, tokens: int, names: Sequence[str] | None = None, **kept: Any
+        ) -> Buffers:
+            return Buffers(layout, num_slots, tokens, device, dtype, names, **kept)
 
         self._buffers = {
-            "past": buffers(self._sink_tokens + ring_frames * self.frame_tokens),
-            "sink": buffers(self._sink_tokens, rotary if sink_turns else ()),
+            "past": buffers(spec, self._sink_tokens + ring_frames * self.frame_tokens),
+            "sink": buffers(spec, self._sink_tokens, spec.rotary_parts if sink_turns else ()),
         }
+        self._memory_layout = spec
         if memory is not None:
+            layout = self._memory_layout = memory.layout or spec
             kept: dict[str, Any] = {"layers": memory.layers, "shared": memory.shared}
-            self._buffers["memory"] = buffers(memory.num_tokens, **kept)
-            self._buffers["raw memory"] = buffers(memory.num_tokens, rotary, **kept)
+            self._buffers["memory"] = buffers(layout, memory.num_tokens, **kept)
+            self._buffers["raw memory"] = buffers(layout, memory.num_tokens, layout.rotary_parts, **kept)
 
     def clear(self, slot: int) -> None:
         """Zero one slot."""
@@ -157,8 +160,9 @@ class SlotStorage:
     def turn_memories(self, slots: Sequence[int], first_ids: Sequence[int]) -> None:
         """Turn the memory keys of some slots, each from its first temporal id on."""
         assert self._memory_grid is not None
+        layout = self._memory_layout
         raw = self._buffers["raw memory"].read(slots, 0, self.memory_tokens)
-        rotated = raw.rotated(self._memory_grid.phases(first_ids, self.spec.rope).to(self.device), self.spec)
+        rotated = raw.rotated(self._memory_grid.phases(first_ids, layout.rope).to(self.device), layout)
         self._buffers["memory"].write_blocks(rotated, *self._first(slots), 0, self.memory_tokens)
 
     def memory_tensors(self) -> list[Tensor]:

@@ -10,7 +10,7 @@ beside the flow, the entries its tokens would leave in a history.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,16 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from longtake.cache.base import Entries, Rows, take_rows
 from longtake.cache.dense import dense_layout
+from longtake.cache.latent import latent_layout
 from longtake.cache.spec import CacheSpec
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryView
-from longtake.history.policy import Policy, PolicyConfig, Surroundings
+from longtake.history.policy import Policy, PolicyConfig, Surroundings, as_stored
+from longtake.models.latent import LatentAttention, LatentConfig
 from longtake.models.layers import (
     Block,
     FrameEmbedding,
     Head,
     PatchEmbedding,
+    SelfAttention,
     SpatialEmbedding,
     TimeFrequencies,
 )
@@ -65,6 +68,7 @@ class DiTConfig(Config):
             anyway.
         clean_sigma_min: with "clean", the smallest sigma that ``flow = (x - x0) / sigma`` divides by.
         memory: sizes of a learned memory of what left the window, or None.
+        latent: sizes of self-attention over a shared low-rank latent, or None for per-head keys and values.
     """
 
     width: int = Field(gt=0)
@@ -87,6 +91,7 @@ class DiTConfig(Config):
     prediction: Literal["flow", "clean"] = "flow"
     clean_sigma_min: float = Field(default=1e-3, gt=0)
     memory: MemoryEncoderConfig | None = None
+    latent: LatentConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> DiTConfig:
@@ -114,6 +119,16 @@ class DiTConfig(Config):
                 f"of width {self.width} and {self.num_heads} heads",
                 "give both the same",
             )
+        if self.latent is not None:
+            self.latent.ranks(self.num_layers)
+            self.latent.selected(self.head_dim)
+            if self.memory is not None and not self.latent.splits(self.head_dim):
+                raise ConfigError(
+                    f"a memory reads and is read as heads of {self.head_dim} channels, but nope_dim="
+                    f"{self.latent.nope_dim} and rope_bands={self.latent.rope_bands} make heads of "
+                    f"{self.latent.nope_dim + self.latent.rope_dim}",
+                    f"use nope_dim={self.head_dim - self.latent.rope_dim}",
+                )
         return self
 
     @property
@@ -241,6 +256,7 @@ class DiT(nn.Module):
         )
         self.blocks = nn.ModuleList(
             Block(
+                self._self_attention(layer),
                 width,
                 config.ffn_width,
                 config.num_heads,
@@ -264,11 +280,33 @@ class DiT(nn.Module):
         Raises:
             ConfigError: settings that do not fit this network.
         """
-        return config.make(Surroundings(self.cache_spec(), grid, self.memory))
+        spec, latent = self.cache_spec(), self.config.latent
+        if latent is None:
+            return config.make(Surroundings(spec, grid, self.memory))
+        sizes = (self.config.num_layers, self.config.num_heads, self.config.head_dim)
+        read_as = dense_layout(*sizes, rope=latent.dense_rope(self.config.head_dim))
+        return config.make(Surroundings(spec, grid, self.memory, read_as, self._dense))
 
     def cache_spec(self) -> CacheSpec:
         """The layout of this network's entries."""
-        return dense_layout(self.config.num_layers, self.config.num_heads, self.config.head_dim)
+        config = self.config
+        if config.latent is not None:
+            return latent_layout(config.latent.ranks(config.num_layers), config.latent.rope(config.head_dim))
+        return dense_layout(config.num_layers, config.num_heads, config.head_dim)
+
+    def _self_attention(self, layer: int) -> nn.Module:
+        config, latent = self.config, self.config.latent
+        if latent is None:
+            return SelfAttention(config.width, config.num_heads, config.eps, config.qk_norm)
+        rank = latent.ranks(config.num_layers)[layer]
+        return LatentAttention(config.width, config.num_heads, config.eps, latent, rank)
+
+    def _dense(self, layer: int, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Un-rotated keys and values of a layer's entries."""
+        block = self.blocks[layer]
+        assert isinstance(block, Block)
+        attention = block.self_attn
+        return attention.dense(parts) if isinstance(attention, LatentAttention) else as_stored(layer, parts)
 
     def token_grid(self, height: int, width: int) -> tuple[int, int]:
         """Tokens per frame as (rows, columns), for latents of this height and width.

@@ -166,14 +166,27 @@ def gated(x_rtw: Tensor, update_rtw: Tensor, gate_rfw: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Self-attention over the history, cross-attention to the prompt where the layer has it, feed-forward."""
+    """Self-attention over the history, cross-attention to the prompt where the layer has it, feed-forward.
+
+    Args:
+        self_attention: of any layout; called as `SelfAttention` is.
+        width, ffn_width, num_heads, eps, qk_norm: as of the DiT.
+        cross_attention: whether the layer attends to the prompt.
+    """
 
     def __init__(
-        self, width: int, ffn_width: int, num_heads: int, eps: float, qk_norm: bool, cross_attention: bool
+        self,
+        self_attention: nn.Module,
+        width: int,
+        ffn_width: int,
+        num_heads: int,
+        eps: float,
+        qk_norm: bool,
+        cross_attention: bool,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.self_attn = SelfAttention(width, num_heads, eps, qk_norm)
+        self.self_attn = self_attention
         self.norm3 = nn.LayerNorm(width, eps) if cross_attention else None
         self.cross_attn = CrossAttention(width, num_heads, eps, qk_norm) if cross_attention else None
         self.ffn = nn.Sequential(

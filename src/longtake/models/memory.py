@@ -132,8 +132,10 @@ class MemoryEncoder(nn.Module):
         updated_bmw: Tensor = gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
         return updated_bmw
 
-    def read(self, state_bmw: Tensor) -> tuple[Tensor, Tensor]:
-        """Un-rotated keys and values ``[b, m, h, d]``, the same for every layer of the DiT."""
+    def read(self, state_bmw: Tensor) -> dict[str, Tensor]:
+        """Un-rotated keys and values ``k`` and ``v`` ``[b, m, h, d]``, the same for every layer of the
+        DiT.
+        """
         heads = (self.config.num_heads, -1)
         keys = torch.unflatten(self.norm_k_out(self.to_k(state_bmw)), -1, heads)
-        return keys, torch.unflatten(self.to_v(state_bmw), -1, heads)
+        return {"k": keys, "v": torch.unflatten(self.to_v(state_bmw), -1, heads)}

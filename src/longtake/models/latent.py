@@ -1,0 +1,279 @@
+"""Latent self-attention: keys and values of all heads come from one low-rank latent and one shared rotary key
+(VideoMLA, arXiv 2605.30351; multi-head latent attention: DeepSeek-V2, arXiv 2405.04434).
+
+Legend: r rows, b base rows, t own tokens, k keys, h heads, w width, c latent, n channels without positions, p
+channels with positions, d head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from longtake.cache.latent import CONTENT, ROPE_KEY
+from longtake.config import Config
+from longtake.errors import ConfigError
+from longtake.history.base import QUERIES, HistoryView
+from longtake.models.layers import RMSNorm
+from longtake.ops.attention import attention
+from longtake.ops.latent import DenseKeys, LatentPath, LatentSizes, absorbed_attention
+from longtake.ops.rope import RopeSpec, wan_rope
+
+Bands = int | tuple[int, ...]
+"""Of an axis of positions: so many of its highest frequencies, or which of them (0 is the highest)."""
+
+
+class LatentConfig(Config):
+    """Sizes of latent attention; the defaults are VideoMLA's for Wan2.1-T2V-1.3B.
+
+    Args:
+        kv_rank: size of the shared latent (the paper's d_c), one for all layers or one each.
+        query_rank: size of the queries' own latent (d_q); None makes queries from tokens directly.
+        nope_dim: channels of a head's queries and keys that do not turn with position (d_nope).
+        rope_bands: of a head's original frequencies in time, rows and columns those that the shared key
+            turns with; its size (d_rope) is twice their number.
+        path: how attention is computed. "expand" makes one layer's keys and values, "absorbed" none; "auto"
+            takes what costs fewer FLOPs.
+    """
+
+    kv_rank: int | tuple[int, ...] = 192
+    query_rank: int | None = Field(default=768, ge=1)
+    nope_dim: int = Field(default=96, ge=1)
+    rope_bands: tuple[Bands, Bands, Bands] = (6, 5, 5)
+    path: Literal["auto", "expand", "absorbed"] = "auto"
+
+    @model_validator(mode="after")
+    def _fits(self) -> LatentConfig:
+        ranks = (self.kv_rank,) if isinstance(self.kv_rank, int) else self.kv_rank
+        if not ranks or min(ranks) < 1:
+            raise ConfigError(f"kv_rank={self.kv_rank} holds a rank below 1", "use 1 or more")
+        for bands in self.rope_bands:
+            if (bands < 0) if isinstance(bands, int) else (list(bands) != sorted(set(bands))):
+                raise ConfigError(
+                    f"rope_bands={self.rope_bands} are no numbers of bands, nor ascending bands",
+                    "use for instance [6, 5, 5] or [[0, 2, 3], [0, 1], [0, 1]]",
+                )
+        if self.rope_dim == 0:
+            raise ConfigError(f"rope_bands={self.rope_bands} leave no position", "use one band at least")
+        return self
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of the shared rotary key (d_rope)."""
+        return 2 * sum(bands if isinstance(bands, int) else len(bands) for bands in self.rope_bands)
+
+    def ranks(self, num_layers: int) -> tuple[int, ...]:
+        """Every layer's kv_rank.
+
+        Raises:
+            ConfigError: ranks for another number of layers.
+        """
+        if isinstance(self.kv_rank, int):
+            return (self.kv_rank,) * num_layers
+        if len(self.kv_rank) != num_layers:
+            raise ConfigError(
+                f"kv_rank={self.kv_rank} holds {len(self.kv_rank)} ranks for {num_layers} layers",
+                "give one rank for all layers, or one each",
+            )
+        return self.kv_rank
+
+    def selected(self, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Of each axis of a head's original frequencies the indices of those that are kept.
+
+        Raises:
+            ConfigError: bands that a head of this size does not have.
+        """
+        chosen = []
+        for axis, bands in zip(wan_rope(head_dim).frequencies, self.rope_bands, strict=True):
+            wanted = tuple(range(bands)) if isinstance(bands, int) else bands
+            if any(not 0 <= band < len(axis) for band in wanted):
+                counts = tuple(len(frequencies) for frequencies in wan_rope(head_dim).frequencies)
+                raise ConfigError(
+                    f"rope_bands={self.rope_bands}, but a head of {head_dim} channels has {counts} bands",
+                    "use bands that it has",
+                )
+            chosen.append(wanted)
+        time, row, column = chosen
+        return time, row, column
+
+    def rope(self, head_dim: int) -> RopeSpec:
+        """Of the shared key: the selected frequencies of a head of this size."""
+        time, row, column = (
+            tuple(axis[band] for band in bands)
+            for axis, bands in zip(wan_rope(head_dim).frequencies, self.selected(head_dim), strict=True)
+        )
+        return RopeSpec((time, row, column))
+
+    def dense_rope(self, head_dim: int) -> RopeSpec:
+        """Of per-head keys that are read beside latents: only the selected frequencies turn."""
+        time, row, column = (
+            tuple(frequency if band in bands else 0.0 for band, frequency in enumerate(axis))
+            for axis, bands in zip(wan_rope(head_dim).frequencies, self.selected(head_dim), strict=True)
+        )
+        return RopeSpec((time, row, column))
+
+    def channels(self, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Channels of an original head that do not turn with position here, and those that do."""
+        first, turning = 0, []
+        for axis, bands in zip(wan_rope(head_dim).frequencies, self.selected(head_dim), strict=True):
+            turning += [2 * (first + band) + side for band in bands for side in (0, 1)]
+            first += len(axis)
+        return tuple(sorted(set(range(head_dim)) - set(turning))), tuple(turning)
+
+    def splits(self, head_dim: int) -> bool:
+        """Whether a latent head's keys have as many channels as an original head, each in its role."""
+        return self.nope_dim + self.rope_dim == head_dim
+
+
+class LatentAttention(nn.Module):
+    """Attention of a chunk over its history and itself. Latent layout: ``c`` (after its norm) and
+    ``k_rope``.
+
+    Args:
+        width, num_heads, eps: as of the dense attention; values have ``width / num_heads`` channels.
+        config: ranks and channels. ``kv_rank``: this layer's.
+    """
+
+    def __init__(self, width: int, num_heads: int, eps: float, config: LatentConfig, kv_rank: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.sizes = LatentSizes(num_heads, kv_rank, config.nope_dim, config.rope_dim, self.head_dim)
+        rank = config.query_rank
+        self.q_down = nn.Linear(width, rank) if rank is not None else nn.Identity()
+        self.norm_q = RMSNorm(rank, eps) if rank is not None else nn.Identity()
+        self.q_nope = nn.Linear(rank or width, num_heads * config.nope_dim)
+        self.q_rope = nn.Linear(rank or width, num_heads * config.rope_dim)
+        self.kv_down = nn.Linear(width, kv_rank)
+        self.norm_kv = RMSNorm(kv_rank, eps)
+        self.k_rope = nn.Linear(width, config.rope_dim)
+        self.k_up = nn.Linear(kv_rank, num_heads * config.nope_dim)
+        self.v_up = nn.Linear(kv_rank, width)
+        self.o = nn.Linear(width, width)
+        still, turning = config.channels(self.head_dim)
+        # Channels of an original head in the order of `_expand`.
+        self.register_buffer("_order", torch.tensor([*still, *turning]), persistent=False)
+        self._order: Tensor
+
+    def forward(self, x_rtw: Tensor, view: HistoryView, layer: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The output ``[r, t, w]`` and the tokens' entries, rotary keys un-rotated."""
+        query_rtc = self.norm_q(self.q_down(x_rtw))
+        q_nope_rthn = torch.unflatten(self.q_nope(query_rtc), -1, (self.num_heads, -1))
+        q_rope_rthp = torch.unflatten(self.q_rope(query_rtc), -1, (self.num_heads, -1))
+        entries = {CONTENT: self.norm_kv(self.kv_down(x_rtw)), ROPE_KEY: self.k_rope(x_rtw).unsqueeze(2)}
+        own = {**entries, ROPE_KEY: view.rotate(entries[ROPE_KEY])}
+        q_turned_rthp = view.rotate(q_rope_rthp)
+        path = self.path(x_rtw.shape[:2], view, layer)
+        read = self._expanded if path == "expand" else self._absorbed
+        out_rtw = self.o(read(q_nope_rthn, q_turned_rthp, own, view, layer))
+        if view.wants_queries:
+            asked = self._in_head_order(torch.cat([q_nope_rthn, q_rope_rthp], dim=-1))
+            return out_rtw, entries | {QUERIES: asked}
+        return out_rtw, entries
+
+    def path(self, shape_rt: tuple[int, ...], view: HistoryView, layer: int) -> LatentPath:
+        """How attention over a view is computed for so many rows and tokens."""
+        if self.config.path != "auto":
+            return self.config.path
+        rows, tokens = shape_rt
+        past = view.past(layer)
+        latent = sum(parts[CONTENT].shape[1] for parts in past if CONTENT in parts)
+        dense = sum(parts["k"].shape[1] for parts in past if "k" in parts)
+        return self.sizes.cost(rows, tokens, latent, view.copies, dense).cheapest
+
+    def dense(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[b, t, h, d]`` of entries; channels of the keys as in an original head where
+        they are as many, else those without positions first.
+        """
+        keys, values = self._expand(parts)
+        return self._in_head_order(keys), values
+
+    def _expand(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
+        rope_bthp = parts[ROPE_KEY].expand(-1, -1, self.num_heads, -1)
+        # Keys first: what is left over when they are joined is gone before there are values.
+        keys = torch.cat([self._heads(self.k_up(parts[CONTENT])), rope_bthp], dim=-1)
+        return keys, self._heads(self.v_up(parts[CONTENT]))
+
+    def _expanded(
+        self,
+        q_nope_rthn: Tensor,
+        q_rope_rthp: Tensor,
+        own: Mapping[str, Tensor],
+        view: HistoryView,
+        layer: int,
+    ) -> Tensor:
+        """Keys and values of all tokens, then attention as ever."""
+        past = view.past(layer)
+        latent = [parts for parts in past if CONTENT in parts]
+        dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
+        if view.copies == 1:  # join what is small, then expand
+            joined = {name: torch.cat([*(parts[name] for parts in latent), own[name]], dim=1) for name in own}
+            k_rkhd, v_rkhd = self._expand(joined)
+        else:
+            k_rkhd, v_rkhd = self._expand(own)
+            dense += [self._expand(parts) for parts in latent]
+        if dense:
+            k_rkhd = view.joined([keys for keys, _ in dense], k_rkhd)
+            v_rkhd = view.joined([values for _, values in dense], v_rkhd)
+        q_rthd = torch.cat([q_nope_rthn, q_rope_rthp], dim=-1)
+        return attention(q_rthd, k_rkhd, v_rkhd, view.mask(layer))
+
+    def _absorbed(
+        self,
+        q_nope_rthn: Tensor,
+        q_rope_rthp: Tensor,
+        own: Mapping[str, Tensor],
+        view: HistoryView,
+        layer: int,
+    ) -> Tensor:
+        """Attention in the latent space, see `ops.latent`."""
+        past = view.past(layer)
+        latent = [parts for parts in past if CONTENT in parts]
+        dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
+        assert all(CONTENT in parts for parts in past[len(dense) :]), "latents come last"
+        content_rkc = view.joined([parts[CONTENT] for parts in latent], own[CONTENT])
+        rope_rkp = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY]).squeeze(2)
+        k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
+        k_bias_hn = torch.unflatten(self.k_up.bias, 0, (self.num_heads, -1))
+        v_up_hdc = torch.unflatten(self.v_up.weight, 0, (self.num_heads, -1))
+        v_bias_hd = torch.unflatten(self.v_up.bias, 0, (self.num_heads, -1))
+        scale = (self.config.nope_dim + self.config.rope_dim) ** -0.5
+        other = None
+        if dense:
+            q_rthd = torch.cat([q_nope_rthn, q_rope_rthp], dim=-1)
+            k_rmhd, v_rmhd = (
+                _for_all_rows(torch.cat(tensors, dim=1), view.copies) for tensors in zip(*dense, strict=True)
+            )
+            other = DenseKeys(q_rthd, k_rmhd, v_rmhd)
+        out = absorbed_attention(
+            torch.cat([torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc), q_rope_rthp], dim=-1),
+            torch.cat([content_rkc, rope_rkp], dim=-1),
+            content_rkc,
+            scale,
+            (q_nope_rthn * k_bias_hn).sum(-1, keepdim=True) * scale,
+            other,
+            view.mask(layer),
+        )
+        v_rthd = torch.einsum("rthc,hdc->rthd", out.content, v_up_hdc) + out.weight * v_bias_hd
+        return (v_rthd if out.dense is None else v_rthd + out.dense).flatten(2)
+
+    def _heads(self, x_btw: Tensor) -> Tensor:
+        return torch.unflatten(x_btw, -1, (self.num_heads, -1))
+
+    def _of_head(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Dense keys, turned already, with channels in the order of `_expand`, and values."""
+        return parts["k"][..., self._order], parts["v"]
+
+    def _in_head_order(self, keys_bthd: Tensor) -> Tensor:
+        if not self.config.splits(self.head_dim):
+            return keys_bthd
+        return keys_bthd[..., self._order.argsort()]
+
+
+def _for_all_rows(base_b: Tensor, copies: int) -> Tensor:
+    return base_b if copies == 1 else base_b.repeat(copies, *(1,) * (base_b.dim() - 1))

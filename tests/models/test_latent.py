@@ -1,0 +1,284 @@
+"""Latent attention: equal to its definition on both paths, sizes and costs as counted."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from counting import counter
+from longtake.cache.base import Buffers, Entries
+from longtake.cache.latent import latent_layout
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full_view
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
+from longtake.history.pure import PureHistory
+from longtake.models.dit import DiT, wan_dit
+from longtake.models.latent import LatentAttention, LatentConfig
+from longtake.ops.latent import LatentSizes
+from tiny_parts import GRID, LATENT, MEMORY, small_dit
+
+HEADS, WIDTH, HEAD = 2, 24, 12
+TOKENS = GRID[0] * GRID[1]
+
+
+def attention(seed: int = 0, **changes: Any) -> LatentAttention:
+    torch.manual_seed(seed)
+    config = LATENT.replace(kv_rank=8, **changes)
+    made = LatentAttention(WIDTH, HEADS, 1e-6, config, 8)
+    for name, parameter in made.named_parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("norm_kv.weight") else 0.0, std=0.4)
+    return made
+
+
+def turned(x_f: list[Tensor], bands: Any, ids: list[float]) -> list[Tensor]:
+    """Rotate frames of tokens ``[tokens, channels]`` by complex numbers, from the definition."""
+    space, time = HEAD // 6, HEAD // 2 - 2 * (HEAD // 6)
+    out = []
+    for frame, moment in zip(x_f, ids, strict=True):
+        rows = []
+        for token in range(TOKENS):
+            place = (moment, token // GRID[1], token % GRID[1])
+            angles = []
+            for position, count, wanted in zip(place, (time, space, space), bands, strict=True):
+                chosen = range(wanted) if isinstance(wanted, int) else wanted
+                angles += [position * 10000.0 ** (-band / count) for band in chosen]
+            spin = torch.polar(torch.ones(len(angles)).double(), torch.tensor(angles, dtype=torch.float64))
+            pairs = torch.view_as_complex(frame[token].double().reshape(-1, 2)) * spin
+            rows.append(torch.view_as_real(pairs).flatten().float())
+        out.append(torch.stack(rows))
+    return out
+
+
+def reference(layer: LatentAttention, x_ftw: list[Tensor], own: int, ids: list[float]) -> Tensor:
+    """What the last `own` frames read of all frames, head by head, from the paper's formulas."""
+    w = dict(layer.named_parameters())
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return x @ w[name + ".weight"].T + w[name + ".bias"]
+
+    def rms(name: str, x: Tensor) -> Tensor:
+        return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * w[name + ".weight"]
+
+    nope, rope = layer.config.nope_dim, layer.config.rope_dim
+    c_f = [rms("norm_kv", linear("kv_down", x)) for x in x_ftw]
+    k_rope = torch.cat(turned([linear("k_rope", x) for x in x_ftw], layer.config.rope_bands, ids))
+    k_nope, v = (torch.cat([linear(name, c) for c in c_f]) for name in ("k_up", "v_up"))
+    query_f = x_ftw[-own:]
+    if layer.config.query_rank is not None:
+        query_f = [rms("norm_q", linear("q_down", x)) for x in query_f]
+    heads = []
+    for h in range(HEADS):
+        q_nope = torch.cat([linear("q_nope", x)[:, h * nope : (h + 1) * nope] for x in query_f])
+        mine = [linear("q_rope", x)[:, h * rope : (h + 1) * rope] for x in query_f]
+        q_rope = torch.cat(turned(mine, layer.config.rope_bands, ids[-own:]))
+        scores = q_nope @ k_nope[:, h * nope : (h + 1) * nope].T + q_rope @ k_rope.T
+        weights = (scores / math.sqrt(nope + rope)).softmax(-1)
+        heads.append(weights @ v[:, h * HEAD : (h + 1) * HEAD])
+    return linear("o", torch.cat(heads, -1))
+
+
+@pytest.mark.parametrize("path", ["expand", "absorbed", "auto"])
+@pytest.mark.parametrize("query_rank", [None, 5])
+@pytest.mark.parametrize("bands", [(1, 1, 1), ((1,), 0, (0, 1)), (2, 2, 2)])
+def test_both_paths_are_what_the_definition_says(path: str, query_rank: int | None, bands: Any) -> None:
+    layer = attention(path=path, query_rank=query_rank, rope_bands=bands)
+    spec = latent_layout((8,), layer.config.rope(HEAD))
+    x_ftw = [torch.randn(TOKENS, WIDTH) for _ in range(5)]
+    ids = [3.0, 4.0, 5.0, 6.0, 7.0]
+    with torch.no_grad():
+        segments = []
+        for first, last in ((0, 1), (1, 3)):  # two segments of the past
+            x = torch.cat(x_ftw[first:last])[None]
+            view = HistoryView((), frame_phases([ids[first:last]], GRID, spec, "cpu"), last - first, GRID)
+            _, entries = layer(x, view, 0)
+            segments.append(Entries((entries,)).rotated(view.phases, spec))
+        own = HistoryView(tuple(segments), frame_phases([ids[3:]], GRID, spec, "cpu"), 2, GRID)
+        read, _ = layer(torch.cat(x_ftw[3:])[None], own, 0)
+        expected = reference(layer, x_ftw, 2, ids)
+        torch.testing.assert_close(read[0], expected, atol=1e-4, rtol=1e-4)
+        copies = own.repeat(3)
+        many = torch.stack([torch.cat(x_ftw[3:]), torch.randn(2 * TOKENS, WIDTH), torch.cat(x_ftw[3:])])
+        again, _ = layer(many, copies, 0)
+        torch.testing.assert_close(again[0], expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(again[2], expected, atol=1e-4, rtol=1e-4)
+
+
+def both_paths(**changes: Any) -> tuple[DiT, DiT]:
+    """One network twice, on either path."""
+    one = small_dit(latent=LATENT.replace(path="expand"), **changes)
+    other = small_dit(latent=LATENT.replace(path="absorbed"), **changes)
+    other.load_state_dict(one.state_dict())
+    return one, other
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_paths_agree_beside_a_memory_with_gradients_through_commits(copies: int) -> None:
+    networks = both_paths(memory=MEMORY)
+    config = HistoryConfig(
+        window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6), policy=EvolvingConfig()
+    )
+    x = torch.randn(8, 1, 2, 3, *GRID)
+    results = []
+    for network in networks:
+        policy = network.policy(config.policy, GRID)
+        history = PureHistory(config, network.cache_spec(), GRID, policy)
+        text = network.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8))
+        flows = []
+        for chunk in x:
+            rows = chunk.repeat(copies, 1, 1, 1, 1)
+            view = history.view().repeat(copies)
+            flow, entries = network(rows, torch.full((copies, 2), 500.0), text.repeat(copies), view)
+            history = history.commit(entries.select([copies - 1]))
+            flows.append(flow)
+        loss = torch.stack(flows).square().sum()
+        results.append((torch.stack(flows).detach(), torch.autograd.grad(loss, list(network.parameters()))))
+    (one, grads), (other, others) = results
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    for name, grad, same in zip(dict(networks[0].named_parameters()), grads, others, strict=True):
+        torch.testing.assert_close(grad, same, atol=2e-4, rtol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
+        assert grad.any() or name == "memory.to_k.bias", name  # a constant of all memory keys alone
+
+
+def test_masks_hide_the_same_on_both_paths() -> None:
+    one, other = both_paths()
+    x = torch.randn(2, 6, 3, *GRID)
+    mask = torch.rand(6, 6) < 0.6
+    mask.fill_diagonal_(True)
+    view = full_view(one.cache_spec(), range(6), GRID, mask)
+    text = one.encode_text(torch.randn(2, 4, 8))
+    with torch.no_grad():
+        flows = [network(x, torch.zeros(2, 6), text, view)[0] for network in (one, other)]
+        seen = one(x, torch.zeros(2, 6), text, full_view(one.cache_spec(), range(6), GRID))[0]
+    torch.testing.assert_close(*flows, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(flows[0], seen, atol=1e-2)
+
+
+def test_large_scores_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = both_paths()[1]
+    x, text = torch.randn(2, 4, 3, *GRID), network.encode_text(torch.randn(2, 4, 8))
+    for mask in (None, torch.ones(4, 4).tril().bool()):
+        view = full_view(network.cache_spec(), range(4), GRID, mask)
+        with torch.no_grad():
+            whole, _ = network(x, torch.zeros(2, 4), text, view)
+            monkeypatch.setattr("longtake.ops.latent._SCORES_AT_ONCE", 700)
+            blocks, _ = network(x, torch.zeros(2, 4), text, view)
+            monkeypatch.undo()
+        torch.testing.assert_close(blocks, whole, atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    heads=st.sampled_from([1, 2, 3]),
+    rank=st.integers(2, 40),
+    past=st.integers(0, 4),
+    copies=st.integers(1, 3),
+    tokens=st.integers(1, 3),
+)
+def test_costs_are_those_that_torch_counts(
+    heads: int, rank: int, past: int, copies: int, tokens: int
+) -> None:
+    config = LatentConfig(kv_rank=rank, query_rank=None, nope_dim=7, rope_bands=(1, 1, 1))
+    width = heads * 12
+    sizes = LatentSizes(heads, rank, 7, 6, 12)
+    spec = latent_layout((rank,), config.rope(12))
+    past_tokens = past * TOKENS
+    counted = sizes.cost(copies, tokens * TOKENS, past_tokens, copies)
+    found = {}
+    for path in ("expand", "absorbed"):
+        layer = LatentAttention(width, heads, 1e-6, config.replace(path=path), rank)
+        parts = {"c": torch.randn(1, past_tokens, rank), "k_rope": torch.randn(1, past_tokens, 1, 6)}
+        phases = frame_phases([range(tokens)], GRID, spec, "cpu")
+        segments = (Entries((parts,)),) if past else ()
+        view = HistoryView(segments, phases, tokens, GRID, copies=copies)
+        x = torch.randn(copies, tokens * TOKENS, width)
+        with torch.no_grad(), counter() as count:
+            layer(x, view, 0)
+        before = 2 * x.shape[0] * x.shape[1] * width * (heads * 13 + rank + 6 + width)  # projections
+        found[path] = count.get_total_flops() - before
+        auto = LatentAttention(width, heads, 1e-6, config, rank)
+        assert auto.path(x.shape[:2], view, 0) == counted.cheapest
+    assert found["expand"] == pytest.approx(counted.expand)
+    assert found["absorbed"] == pytest.approx(counted.absorbed)
+
+
+def test_a_chunk_of_thousands_expands_and_a_single_query_does_not() -> None:
+    sizes = LatentSizes(num_heads=12, kv_rank=192, nope_dim=96, rope_dim=32, value_dim=128)
+    chunk = sizes.cost(rows=1, queries=4680, past=18 * 1560)
+    assert chunk.cheapest == "expand"
+    assert sizes.cost(rows=1, queries=1, past=18 * 1560).cheapest == "absorbed"
+    seven = sizes.cost(rows=1, queries=4680, past=4 * 1560)
+    dense = 4 * 4680 * 7 * 1560 * 1536
+    assert dense == pytest.approx(314e9, rel=0.01)  # reference: 314, 510, 314 + 11 GF at 7 frames
+    assert seven.absorbed == pytest.approx(510e9 + 2 * 4680 * 12 * 192 * 224, rel=0.02)
+    assert seven.expand == pytest.approx(dense + 2 * 7 * 1560 * 192 * 12 * 224, rel=1e-6)
+
+
+def test_a_token_takes_224_numbers_a_layer_at_wans_size_and_so_much_is_allocated() -> None:
+    dense, latent = wan_dit(), wan_dit().replace(latent=LatentConfig())
+    with torch.device("meta"):
+        specs = [DiT(config).cache_spec() for config in (dense, latent)]
+    assert [spec.numbers_per_token(0) for spec in specs] == [3072, 224]
+    assert specs[1].bytes_per_token(torch.bfloat16) == 30 * 224 * 2
+    share = specs[1].bytes_per_token(torch.bfloat16) / specs[0].bytes_per_token(torch.bfloat16)
+    assert 1 - share == pytest.approx(0.927, abs=5e-4)
+    buffers = Buffers(specs[1], 1, 64, torch.device("cpu"), torch.bfloat16)
+    assert buffers.num_bytes == 64 * specs[1].bytes_per_token(torch.bfloat16)
+
+
+def test_layers_may_have_ranks_of_their_own() -> None:
+    network = small_dit(latent=LATENT)
+    spec = network.cache_spec()
+    assert [spec.numbers_per_token(layer) for layer in (0, 1)] == [8 + 6, 10 + 6]
+    buffers = Buffers(spec, 2, 5, torch.device("cpu"), torch.float32)
+    assert buffers.num_bytes == 2 * 5 * spec.bytes_per_token(torch.float32)
+
+
+def test_dense_keys_stand_in_the_channels_of_an_original_head() -> None:
+    """So a memory that was trained on per-head keys reads the same channels here."""
+    layer = attention(rope_bands=(1, (1,), (0,)))
+    still, turning = layer.config.channels(HEAD)
+    assert turning == (0, 1, 6, 7, 8, 9)
+    assert sorted((*still, *turning)) == list(range(HEAD))
+    parts = {"c": torch.randn(1, 3, 8), "k_rope": torch.randn(1, 3, 1, 6)}
+    keys, values = layer.dense(parts)
+    assert values.shape == keys.shape == (1, 3, HEADS, HEAD)
+    assert torch.equal(keys[0, :, 1, list(turning)], parts["k_rope"][0, :, 0])
+    assert torch.equal(keys[0, :, 1, list(still)], layer.k_up(parts["c"])[0, :, layer.config.nope_dim :])
+    rope = layer.config.dense_rope(HEAD)
+    assert [[bool(frequency) for frequency in axis] for axis in rope.frequencies] == [
+        [True, False],
+        [False, True],
+        [True, False],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_rank": (8,)}, "1 ranks for 2 layers"),
+        ({"kv_rank": 0}, "below 1"),
+        ({"rope_bands": (3, 1, 1)}, r"has \(2, 2, 2\) bands"),
+        ({"rope_bands": ((1, 0), 1, 1)}, "nor ascending"),
+        ({"rope_bands": (0, 0, 0)}, "leave no position"),
+        ({"rope_bands": (-1, 1, 1)}, "nor ascending"),
+        ({"nope_dim": 5}, "use nope_dim=6"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        small_dit(memory=MEMORY, latent=LATENT.replace(**changes))
+
+
+def test_without_a_memory_heads_may_have_any_channels() -> None:
+    network = small_dit(latent=LATENT.replace(nope_dim=5, rope_bands=(1, 0, 0)))
+    x, text = torch.randn(1, 2, 3, *GRID), network.encode_text(torch.randn(1, 4, 8))
+    flow, entries = network(x, torch.zeros(1, 2), text, full_view(network.cache_spec(), range(2), GRID))
+    assert flow.isfinite().all()
+    assert entries.layers[1]["k_rope"].shape == (1, 2 * TOKENS, 1, 2)
