@@ -11,6 +11,7 @@ from torch import Tensor
 from counting import measured, some_clips
 from longtake.cli import main
 from longtake.errors import ConfigError, TrainingError
+from longtake.models.latent import LatentConfig
 from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.train.dit import DiTTask
@@ -26,9 +27,13 @@ from toy_training import CAPTIONS, networks, recipe
 PLENTY = Machine("cpu", 10**15)
 
 
-def toy(precision: str = "fp32", **changes: dict[str, object]) -> Recipe:
+LATENT = LatentConfig(kv_rank=(6, 9), query_rank=10, nope_dim=6, rope_bands=(1, 1, 1))
+
+
+def toy(precision: str = "fp32", latent: LatentConfig | None = None, **changes: dict[str, object]) -> Recipe:
     """The toy recipe at 32x32, so that a frame has four tokens."""
     made = recipe()
+    made = made.replace(dit_model=made.dit_model.replace(latent=latent))
     size = {"height": 32, "width": 32}
     caches = {name: getattr(made, name).replace(**size) for name in ("first_latents", "latents", "held_out")}
     made = made.replace(stream=made.stream.replace(**size), **caches)
@@ -41,19 +46,28 @@ def toy(precision: str = "fp32", **changes: dict[str, object]) -> Recipe:
 
 def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VAETask:
     history, schedule, some = made.stream.history, made.stream.schedule, some_clips()
+    dit = made.dit_model
     if stage in ("vae", "decoder"):
         return VAETask(TinyVAE(made.vae_model), getattr(made, stage))
     if stage == "trajectory":
-        return TrajectoryTask(networks(), networks(), history, schedule, made.trajectory, some, some, some)
+        return TrajectoryTask(
+            networks(dit), networks(dit), history, schedule, made.trajectory, some, some, some
+        )
     if stage == "dmd":
-        return DMDTask(networks(), networks(), history, schedule, made.dmd, CAPTIONS, CAPTIONS, (4, 4, 4))
-    return DiTTask(networks(), history, getattr(made, stage), some, some, some)
+        return DMDTask(
+            networks(dit), networks(dit), history, schedule, made.dmd, CAPTIONS, CAPTIONS, (4, 4, 4)
+        )
+    return DiTTask(networks(dit), history, getattr(made, stage), some, some, some)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", ["vae", "decoder", "first", "windows", "trajectory"])
-def test_a_plan_foretells_what_a_step_takes(stage: str, precision: str) -> None:
-    made = toy(precision)
+@pytest.mark.parametrize(
+    ("stage", "latent"),
+    [(stage, None) for stage in ("vae", "decoder", "first", "windows", "trajectory")]
+    + [(stage, LATENT) for stage in ("first", "windows", "trajectory")],
+)
+def test_a_plan_foretells_what_a_step_takes(stage: str, latent: LatentConfig | None, precision: str) -> None:
+    made = toy(precision, latent)
     plan, task = made.plan(stage, PLENTY), task_of(made, stage)
     assert plan is not None
     flops, kept = measured(task.learners[""], [task.module], 0, precision == "bf16")

@@ -20,6 +20,7 @@ from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.ops.latent import LatentSizes
 
 _SINGLE, _HALF = 4, 2  # bytes
 
@@ -158,7 +159,13 @@ class DiTCosts:
         if evicted == 0 or policy.mode != "update":
             return read, 0.0
         layer = tokens * (4 * width**2 + 4 * memory.ffn_ratio * width**2 + 4 * evicted * width)
-        return read, memory.num_layers * layer + 8 * tokens * width**2
+        source = 0.0
+        if self._latent:
+            sizes = self._latent[policy.source_layer]
+            source = (
+                2.0 * rows * evicted * sizes.kv_rank * sizes.num_heads * (sizes.nope_dim + sizes.value_dim)
+            )
+        return read, source + memory.num_layers * layer + 8 * tokens * width**2
 
     def _evicted_frames(self, chunk: int, before: bool = False) -> int:
         """Frames that leave when a chunk is committed, or that have left before it."""
@@ -199,7 +206,14 @@ class DiTCosts:
         kept = tokens * width * (3 * size + self._num_cross * (2 * size + norm))
         return Cost(flops=3 * flops, kept=kept, kept_recomputing=kept)
 
-    def forward(self, rows: int, chunk: int, learns: bool = False, num_committed: int = 0) -> Cost:
+    def forward(
+        self,
+        rows: int,
+        chunk: int,
+        learns: bool = False,
+        num_committed: int = 0,
+        base_rows: int | None = None,
+    ) -> Cost:
         """One pass over a chunk.
 
         Args:
@@ -207,18 +221,19 @@ class DiTCosts:
             chunk: index in the stream, from 0, on which the length of the history depends.
             learns: gradients are recorded, and the backward pass counts.
             num_committed: rows whose keys and values the history takes in.
+            base_rows: rows with a past of their own, where several rows read one; None for all.
         """
         tokens = rows * self.chunk_tokens
-        blocks, attention = self._block_flops(rows, chunk)
+        blocks, attention = self._block_flops(rows, chunk, base_rows or rows)
         edges, first = self._edge_flops(rows)
         layers = self.config.num_layers
         flops = layers * (blocks + attention) + edges + first
         history = 0.0
         if num_committed > 0:  # keys and values of all rows stay; those that count are there rotated as well
             values = self.arithmetic.product_bytes
-            per_token = self.config.width * (_SINGLE + values)
+            normed, plain, turned = self._entry_numbers
             committed = num_committed * self.chunk_tokens
-            history = layers * (tokens * per_token + committed * self.config.width * _SINGLE)
+            history = layers * (tokens * (normed * _SINGLE + plain * values) + committed * turned * _SINGLE)
         if not learns:
             size, width = self.arithmetic.product_bytes, self.config.width
             read = 2 * (self.past_tokens(chunk) / self.chunk_tokens + 1)
@@ -246,15 +261,50 @@ class DiTCosts:
         flops = sum(self.memory_flops(rows, chunk))
         return Cost(flops=3 * flops if learns else flops)
 
-    def _block_flops(self, rows: int, chunk: int) -> tuple[float, float]:
-        """A block's linear layers, and its attention."""
+    @property
+    def _latent(self) -> tuple[LatentSizes, ...]:
+        """Of every layer with latent attention."""
+        config, latent = self.config, self.config.latent
+        if latent is None:
+            return ()
+        return tuple(
+            LatentSizes(config.num_heads, rank, latent.nope_dim, latent.rope_dim, config.head_dim)
+            for rank in latent.ranks(config.num_layers)
+        )
+
+    @property
+    def _entry_numbers(self) -> tuple[float, float, float]:
+        """Numbers that a token leaves in a layer: from a norm, from a product, and turned; means."""
+        sizes = self._latent
+        if not sizes:
+            return self.config.width, self.config.width, self.config.width
+        return sum(layer.kv_rank for layer in sizes) / len(sizes), sizes[0].rope_dim, sizes[0].rope_dim
+
+    def _block_flops(self, rows: int, chunk: int, base_rows: int) -> tuple[float, float]:
+        """A block's linear layers, and its attention; means over blocks."""
         config = self.config
         tokens, width = rows * self.chunk_tokens, config.width
         share = self._num_cross / config.num_layers
-        linear = tokens * (8 * width**2 + 4 * width * config.ffn_width + share * 4 * width**2)
-        keys = self.past_tokens(chunk) + self.chunk_tokens + share * config.text_length
-        keys += self.memory_tokens(chunk)
-        return linear, 4 * tokens * keys * width
+        own, attention = self._self_attention_flops(rows, chunk, base_rows)
+        linear = tokens * (4 * width * config.ffn_width + share * 4 * width**2) + own
+        return linear, attention + 4 * tokens * share * config.text_length * width
+
+    def _self_attention_flops(self, rows: int, chunk: int, base_rows: int) -> tuple[float, float]:
+        config, past, memory = self.config, self.past_tokens(chunk), self.memory_tokens(chunk)
+        tokens, width, sizes = rows * self.chunk_tokens, config.width, self._latent
+        if not sizes:
+            return tokens * 8 * width**2, 4 * tokens * (past + self.chunk_tokens + memory) * width
+        assert config.latent is not None
+        asked = config.num_heads * (sizes[0].nope_dim + sizes[0].rope_dim)
+        rank = config.latent.query_rank
+        queries = width * asked if rank is None else (width + asked) * rank
+        linear, attention = 0.0, 0.0
+        for layer in sizes:
+            linear += 2 * tokens * (queries + width * (layer.kv_rank + layer.rope_dim + width))
+            cost = layer.cost(rows, self.chunk_tokens, past, rows // base_rows, round(memory))
+            path = cost.cheapest if config.latent.path == "auto" else config.latent.path
+            attention += cost.expand if path == "expand" else cost.absorbed
+        return linear / len(sizes), attention / len(sizes)
 
     def _edge_flops(self, rows: int) -> tuple[float, float]:
         """What surrounds the blocks; the second are first layers, whose inputs need no gradient."""
@@ -278,14 +328,20 @@ class DiTCosts:
         # A modulated layer norm keeps its input and the normed input, both fp32 (in fp32 arithmetic the input
         # is the residual stream itself), and what goes into the next product.
         modulated = 2 * _SINGLE + size
-        norms = 2 * self._norm_bytes if config.qk_norm else 0.0
+        norms = 2 * width * self._norm_bytes if config.qk_norm else 0.0
         past = self.past_tokens(chunk) + self.memory_tokens(chunk)
         read = (past + self.chunk_tokens) / self.chunk_tokens
         scores = config.num_heads * _HALF if self.arithmetic.keeps_scores else 0
         # Turned queries, output of attention and of its projection; keys and values read.
-        attention = width * (modulated + norms + 3 * size + 2 * read * size)
+        asked = values = width
+        if config.latent is not None:
+            asked = config.num_heads * (config.latent.nope_dim + config.latent.rope_dim)
+            normed = self._entry_numbers[0] + (config.latent.query_rank or 0)
+            norms = normed * (self._norm_bytes + size)
+        attention = width * (modulated + 2 * size) + norms + size * (asked + read * (asked + values))
         attention += scores * (past + self.chunk_tokens)
-        cross = width * (_SINGLE + size + norms / 2 + 2 * size) + scores * config.text_length
+        cross_norm = self._norm_bytes if config.qk_norm else 0.0
+        cross = width * (_SINGLE + size + cross_norm + 2 * size) + scores * config.text_length
         share = self._num_cross / config.num_layers
         feed_forward = width * (modulated + size) + 2 * size * config.ffn_width
         # Per frame: six modulations, and one plus each scale.

@@ -110,7 +110,7 @@ def plan_dit(
         copies = config.copies_of(num_chunks)
         for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
-            cost += costs.forward(copies * count + commits, chunk, True, commits)
+            cost += costs.forward(copies * count + commits, chunk, True, commits, count)
             cost += costs.memory(count, chunk, True)
     if config.num_recall_clips > 0:
         cost += _recall_walk(sizes, config, arithmetic)
@@ -140,7 +140,7 @@ def _recall_walk(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic
         cost += costs.forward(count, chunk, num_committed=costs.kept_rows(count, chunk))
         cost += costs.memory(count, chunk, True)
     for chunk in range(num_chunks - num_learned, num_chunks):
-        cost += costs.forward((config.num_copies + 1) * count, chunk, True, count)
+        cost += costs.forward((config.num_copies + 1) * count, chunk, True, count, count)
         cost += costs.memory(count, chunk, True)
     return cost
 
@@ -157,7 +157,7 @@ def plan_trajectory(
         teacher += sizes.text_cost(2 * count, False, arithmetic)
         for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
-            student += costs.forward(num_levels * count + commits, chunk, True, commits)
+            student += costs.forward(num_levels * count + commits, chunk, True, commits, count)
             teacher += costs.forward(2 * count, chunk).times(num_levels * config.steps_per_level)
             if commits:
                 teacher += costs.forward(2 * count, chunk, num_committed=costs.kept_rows(2 * count, chunk))
@@ -227,9 +227,9 @@ def dmd_phases(
         commits = int(piece < lead + num_pieces - 1)
         for role, rows in ((critic, count), (teacher, 2 * count)):
             kept = commits * role.costs.kept_rows(rows, piece)
-            scores += role.costs.forward((1 + commits) * rows, piece, num_committed=kept)
+            scores += role.costs.forward((1 + commits) * rows, piece, num_committed=kept, base_rows=rows)
         rows = (config.num_critic_copies + commits) * count
-        follows += critic.costs.forward(rows, piece, True, commits * count)
+        follows += critic.costs.forward(rows, piece, True, commits * count, count)
     every = config.critic_updates
     return [
         Phase("generator: rollout and backward", learning.beside(scores), every),
