@@ -63,6 +63,10 @@ class VideoError(LongtakeError):
     """A video cannot be written or read."""
 
 
+class PackageError(LongtakeError):
+    """An optional package is not installed."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """Text for a remedy: ``did you mean 'width'?``, or the valid names where none is near."""
     names = list(valid)

@@ -34,6 +34,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
             "turn a text prompt into a video, written as it is made", "longtake.cli.generate"
         ),
         "train": Command("train a model by a named recipe; an interrupted run resumes", "longtake.cli.train"),
+        "convert": Command("give a dense model latent attention", "longtake.cli.convert"),
         "eval world": Command("score a model on the verifiable world", "longtake.cli.eval_world"),
         "eval vae": Command("measure what a model's autoencoder loses", "longtake.cli.eval_vae"),
         "eval interactive": Command(

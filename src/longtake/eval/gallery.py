@@ -20,12 +20,12 @@ from pydantic import Field, model_validator
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
-from longtake.eval.lazy import pyplot
 from longtake.eval.meter import Meter
 from longtake.eval.runner import FIRST_EVAL_SEED, MAX_PANNING_SAMPLE_FRAMES, SEEDS_APART
 from longtake.eval.score import Scores, score
 from longtake.eval.script import Script
 from longtake.eval.sheet import contact_sheet
+from longtake.io.plot import pyplot
 from longtake.io.video import VideoConfig, open_video
 from longtake.world import FPS, VERSION, Split, sample_scene
 

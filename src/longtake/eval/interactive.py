@@ -21,12 +21,12 @@ from longtake.eval.interactive_records import (
     record_of,
 )
 from longtake.eval.interactive_summary import summarize_source
-from longtake.eval.lazy import pyplot
 from longtake.eval.meter import Meter
 from longtake.eval.records import RecordFile
 from longtake.eval.runner import FIRST_EVAL_SEED, SEEDS_APART
 from longtake.eval.script import Script
 from longtake.eval.sheet import SheetKeeper
+from longtake.io.plot import pyplot
 from longtake.world import FPS, VERSION, sample_scene
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from longtake.eval.interactive_records import (
     InteractiveRecord,
     InteractiveSummary,
 )
-from longtake.eval.lazy import pyplot
+from longtake.io.plot import pyplot
 from longtake.world import FPS
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.eval.errors import EvalError
-from longtake.eval.lazy import pyplot
 from longtake.eval.meter import Meter
 from longtake.eval.model import ModelSource
 from longtake.eval.recall_plot import draw
@@ -39,6 +38,7 @@ from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Absolute, Relative
 from longtake.history.window import WindowConfig
+from longtake.io.plot import pyplot
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline
 from longtake.stream.state import PromptSwitch, StreamState

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from longtake.eval.lazy import pyplot
 from longtake.eval.recall_summary import AbsenceFigures, RecallSummary
+from longtake.io.plot import pyplot
 
 PANELS = (("recalled", "colour and shape are back"), ("place", "back in its place, of what is present"))
 

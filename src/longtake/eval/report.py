@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from longtake.eval.bars import Bar
-from longtake.eval.lazy import pyplot
 from longtake.eval.score import PROPORTIONS
 from longtake.eval.stats import Estimate
 from longtake.eval.summary import Summary
+from longtake.io.plot import pyplot
 
 PNG_NAME = "report.png"
 HTML_NAME = "report.html"

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.eval.errors import EvalError
-from longtake.eval.lazy import pyplot
 from longtake.io.images import encode_png
+from longtake.io.plot import pyplot
 
 Frames = NDArray[np.uint8]
 

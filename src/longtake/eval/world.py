@@ -8,11 +8,11 @@ from pathlib import Path
 
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
-from longtake.eval.lazy import pyplot
 from longtake.eval.report import write_report
 from longtake.eval.runner import Shard, WorldEvalConfig, comparable, evaluate, merge, sheet_path
 from longtake.eval.source import VideoSource
 from longtake.eval.summary import Other, Summary, summarize
+from longtake.io.plot import pyplot
 
 SUMMARY_NAME = "summary.json"
 Progress = Callable[[str, int, int], None]

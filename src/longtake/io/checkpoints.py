@@ -7,10 +7,12 @@ a block, and ``.weight`` or ``.bias`` follows on both sides where there is one.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +26,19 @@ from longtake.errors import CheckpointError
 Format = Literal["own", "wan", "diffusers"]
 
 _ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k")
+
+_LATENT_ATTENTION = (
+    "q_down",
+    "norm_q",
+    "q_nope",
+    "q_rope",
+    "kv_down",
+    "norm_kv",
+    "k_rope",
+    "k_up",
+    "v_up",
+    "turns",
+)
 
 WAN: tuple[tuple[str, str], ...] = tuple(
     (stem, stem)
@@ -48,6 +63,7 @@ WAN: tuple[tuple[str, str], ...] = tuple(
 OWN: tuple[tuple[str, str], ...] = (
     *WAN,
     *((stem, stem) for stem in ("pooled_text", "spatial_embedding", "frame_embedding")),
+    *((f"blocks.{{i}}.self_attn.{name}",) * 2 for name in _LATENT_ATTENTION),
 )
 """Our names: Wan2.1's and those of our options, which no foreign format can hold."""
 
@@ -83,6 +99,9 @@ TABLES: dict[Format, tuple[tuple[str, str], ...]] = {"own": OWN, "wan": WAN, "di
 
 WRAPPERS = ("generator_ema", "generator", "model", "state_dict")
 """Dictionary keys that training code puts around a model's weights, the preferred first."""
+
+_STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+"""Names of types in a safetensors header."""
 
 _NAME_NOISE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
 
@@ -170,7 +189,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Mapping[str, object] = load_file(path)
         elif path.suffix in (".pt", ".pth", ".ckpt"):
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         else:
             raise CheckpointError(f"{source} has an unknown suffix", "use .safetensors, .pt or .pth")
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -228,6 +247,54 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         raise CheckpointError(
             f"cannot write {path}: {error}", "free some space or choose another path"
         ) from error
+
+
+def write_safetensors_by_one(
+    path: Path,
+    shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    tensors: Callable[[str], Tensor],
+    metadata: Mapping[str, str],
+) -> None:
+    """As `write_safetensors`, holding one tensor at a time: for models that fill the memory.
+
+    Args:
+        path: of the file.
+        shapes: of every tensor, in the order in which they are asked for and stored.
+        tensors: makes one of them.
+        metadata: of the file.
+
+    Raises:
+        CheckpointError: the disk is full or the path not writable.
+    """
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, (shape, dtype) in shapes.items():
+        end = offset + prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _STORED_TYPES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, (shape, dtype) in shapes.items():
+                tensor = tensors(name).detach().cpu().to(dtype).contiguous()
+                assert tensor.shape == shape, name
+                file.write(tensor.flatten().view(torch.uint8).numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {path}: {error}", "free some space or choose another path"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

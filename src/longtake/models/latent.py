@@ -27,6 +27,10 @@ Bands = int | tuple[int, ...]
 """Of an axis of positions: so many of its highest frequencies, or which of them (0 is the highest)."""
 
 
+_LEAST_TURN = 0.1
+"""A head's key that is less of the shared one than this counts as so much of it."""
+
+
 class LatentConfig(Config):
     """Sizes of latent attention; the defaults are VideoMLA's for Wan2.1-T2V-1.3B.
 
@@ -133,6 +137,9 @@ class LatentAttention(nn.Module):
     """Attention of a chunk over its history and itself. Latent layout: ``c`` (after its norm) and
     ``k_rope``.
 
+    A converted layer's heads had rotary keys of their own, of which the shared one is a turned and stretched
+    mean; ``turns`` keeps by how much, so that per-head keys (a memory's) meet heads as they were.
+
     Args:
         width, num_heads, eps: as of the dense attention; values have ``width / num_heads`` channels.
         config: ranks and channels. ``kv_rank``: this layer's.
@@ -158,6 +165,9 @@ class LatentAttention(nn.Module):
         # Channels of an original head in the order of `_expand`.
         self.register_buffer("_order", torch.tensor([*still, *turning]), persistent=False)
         self._order: Tensor
+        ones_hp2 = torch.tensor([1.0, 0.0]).expand(num_heads, config.rope_dim // 2, 2)
+        self.register_buffer("turns", ones_hp2.clone())
+        self.turns: Tensor
 
     def forward(self, x_rtw: Tensor, view: HistoryView, layer: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The output ``[r, t, w]`` and the tokens' entries, rotary keys un-rotated."""
@@ -171,6 +181,7 @@ class LatentAttention(nn.Module):
         read = self._expanded if path == "expand" else self._absorbed
         out_rtw = self.o(read(q_nope_rthn, q_turned_rthp, own, view, layer))
         if view.wants_queries:
+            q_rope_rthp = _turned(q_rope_rthp, _inverse(self.turns, conjugate=True))
             asked = self._in_head_order(torch.cat([q_nope_rthn, q_rope_rthp], dim=-1))
             return out_rtw, entries | {QUERIES: asked}
         return out_rtw, entries
@@ -190,7 +201,8 @@ class LatentAttention(nn.Module):
         they are as many, else those without positions first.
         """
         keys, values = self._expand(parts)
-        return self._in_head_order(keys), values
+        still, turning = torch.split(keys, [self.config.nope_dim, self.config.rope_dim], dim=-1)
+        return self._in_head_order(torch.cat([still, _turned(turning, self.turns)], dim=-1)), values
 
     def _expand(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
@@ -266,13 +278,30 @@ class LatentAttention(nn.Module):
         return torch.unflatten(x_btw, -1, (self.num_heads, -1))
 
     def _of_head(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Dense keys, turned already, with channels in the order of `_expand`, and values."""
-        return parts["k"][..., self._order], parts["v"]
+        """Dense keys, turned by their positions already, as queries here ask for them, and values."""
+        still, turning = torch.split(
+            parts["k"][..., self._order], [self.config.nope_dim, self.config.rope_dim], dim=-1
+        )
+        return torch.cat([still, _turned(turning, _inverse(self.turns))], dim=-1), parts["v"]
 
     def _in_head_order(self, keys_bthd: Tensor) -> Tensor:
         if not self.config.splits(self.head_dim):
             return keys_bthd
         return keys_bthd[..., self._order.argsort()]
+
+
+def _turned(x_bthp: Tensor, turns_hp2: Tensor) -> Tensor:
+    """Pairs of channels times complex numbers of their own head."""
+    x_bthp2 = torch.unflatten(x_bthp, -1, (-1, 2))
+    real, imaginary = x_bthp2.unbind(-1)
+    a, b = turns_hp2.unbind(-1)
+    return torch.stack([real * a - imaginary * b, real * b + imaginary * a], dim=-1).flatten(-2)
+
+
+def _inverse(turns_hp2: Tensor, *, conjugate: bool = False) -> Tensor:
+    """One over each (or over its conjugate), bounded where it is nearly nothing."""
+    sign = turns_hp2.new_tensor([1.0, 1.0 if conjugate else -1.0])
+    return sign * turns_hp2 / turns_hp2.square().sum(-1, keepdim=True).clamp_min(_LEAST_TURN**2)
 
 
 def _for_all_rows(base_b: Tensor, copies: int) -> Tensor:

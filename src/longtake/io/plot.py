@@ -1,22 +1,22 @@
-"""Optional packages, imported when they are needed."""
+"""Drawing, by a package that is imported when it is needed."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from longtake.eval.errors import EvalError
+from longtake.errors import PackageError
 
 
 def pyplot() -> Any:
     """`matplotlib.pyplot`, drawing into memory.
 
     Raises:
-        EvalError: matplotlib is not installed.
+        PackageError: matplotlib is not installed.
     """
     try:
         import matplotlib
     except ImportError as error:
-        raise EvalError(
+        raise PackageError(
             "pictures of reports need matplotlib, which is not installed", "pip install 'longtake[eval]'"
         ) from error
     matplotlib.use("Agg")

@@ -1,0 +1,1 @@
+"""Turning trained dense models into latent ones."""

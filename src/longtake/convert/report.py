@@ -1,0 +1,125 @@
+"""What a conversion keeps of every layer: ranks, energies and errors, as JSON, a table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from longtake.config import Config
+from longtake.convert.layer import Converted
+from longtake.io.plot import pyplot
+
+
+class LayerReport(Config):
+    """A layer.
+
+    Attributes:
+        layer: its index. ``kv_rank``: of its latent.
+        dense_ranks: how many singular values of the stacked keys (without positions) and values hold 90, 95
+            and 99 % of their energy.
+        energy: share of it that the first `kv_rank` of them hold.
+        latent_ranks: as `dense_ranks`, of the product that replaces them.
+        dense_energies, latent_energies: cumulated shares.
+        kv_error, q_error, rope_error: shares of the variance lost, see `layer.Converted`.
+    """
+
+    layer: int
+    kv_rank: int
+    dense_ranks: tuple[int, ...]
+    energy: float
+    latent_ranks: tuple[int, ...]
+    dense_energies: tuple[float, ...]
+    latent_energies: tuple[float, ...]
+    kv_error: float | None
+    q_error: float | None
+    rope_error: float | None
+
+    @classmethod
+    def of(cls, layer: int, kv_rank: int, made: Converted) -> LayerReport:
+        """Of a converted layer."""
+        dense, latent = _cumulated(made.dense.energies), _cumulated(made.latent.energies)
+        return cls(
+            layer=layer,
+            kv_rank=kv_rank,
+            dense_ranks=made.dense.ranks,
+            energy=dense[kv_rank - 1],
+            latent_ranks=made.latent.ranks,
+            dense_energies=dense,
+            latent_energies=latent,
+            kv_error=made.kv_error,
+            q_error=made.q_error,
+            rope_error=made.rope_error,
+        )
+
+
+class ConversionReport(Config):
+    """A conversion.
+
+    Attributes:
+        source: of the dense weights. ``method``: of factorisation.
+        num_tokens: that every layer was fitted to; 0 where it was not.
+        dense_numbers, latent_numbers: that a token leaves in all layers' caches.
+        layers: one each.
+    """
+
+    source: str
+    method: str
+    num_tokens: int
+    dense_numbers: int
+    latent_numbers: int
+    layers: tuple[LayerReport, ...]
+
+    @property
+    def saved(self) -> float:
+        """Share of the cache that is gone."""
+        return 1 - self.latent_numbers / self.dense_numbers
+
+
+def table(report: ConversionReport) -> list[str]:
+    """A line for every layer, under a heading."""
+    lines = ["layer  rank  energy  dense 90/95/99 %   latent 90/95/99 %   lost: k, v      q   rope"]
+    for row in report.layers:
+        lost = (_percent(value) for value in (row.kv_error, row.q_error, row.rope_error))
+        lines.append(
+            f"{row.layer:>5}{row.kv_rank:>6}{row.energy:>8.3f}"
+            f"{'/'.join(map(str, row.dense_ranks)):>18}{'/'.join(map(str, row.latent_ranks)):>20}"
+            + "".join(f"{value:>{width}}" for value, width in zip(lost, (13, 7, 7), strict=True))
+        )
+    return lines
+
+
+def draw(report: ConversionReport, path: Path) -> None:
+    """Energy held against rank: of dense weights, and of what replaces them.
+
+    Raises:
+        PackageError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), dpi=100, sharey=True)
+    for row in report.layers:
+        colour = plt.get_cmap("viridis")(row.layer / max(1, len(report.layers) - 1))
+        for panel, energies in zip(axes, (row.dense_energies, row.latent_energies), strict=True):
+            panel.plot(range(1, len(energies) + 1), energies, color=colour, linewidth=1)
+        axes[0].plot([row.kv_rank], [row.energy], "o", color=colour, markersize=3)
+    titles = ("dense keys (without positions) and values", "the product that replaces them")
+    for panel, title in zip(axes, titles, strict=True):
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("rank")
+        panel.grid(alpha=0.3)
+        panel.set_ylim(0, 1.02)
+    axes[0].set_ylabel(f"share of the energy; {len(report.layers)} layers, first dark")
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _cumulated(energies: Sequence[float]) -> tuple[float, ...]:
+    total, sums = 0.0, []
+    for energy in energies:
+        total += energy
+        sums.append(total)
+    return tuple(sums)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
