@@ -12,6 +12,7 @@ from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig
 from longtake.train.latents import LatentCacheConfig
+from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.run import Recipe
 from longtake.train.trajectory import TrajectoryConfig
@@ -67,6 +68,7 @@ def recipe() -> Recipe:
         first_latents=cache.replace(first_seed=100, num_latent_frames=2),
         latents=cache,
         held_out=cache.replace(first_seed=200),
+        layers=LayersConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
         first=DiTTrainingConfig(loop=loop(2), num_clips=0, num_first_clips=3, num_chunks=1),
         windows=DiTTrainingConfig(loop=loop(2), num_clips=2, num_first_clips=2, num_chunks=2),
         trajectory=TrajectoryConfig(

@@ -9,6 +9,7 @@ from longtake.errors import ConfigError, nearest
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
 from longtake.models.dit import DiTConfig, wan_dit
+from longtake.models.latent import LatentConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
@@ -16,6 +17,7 @@ from longtake.train.distil import DistillationRecipe
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig
 from longtake.train.latents import LatentCacheConfig
+from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.optim import AdamWConfig
 from longtake.train.run import Recipe
@@ -190,6 +192,23 @@ def tiny_128() -> Recipe:
     )
 
 
+def tiny_latent() -> Recipe:
+    """The small model with latent attention: first `longtake convert tiny`; this mends what that lost."""
+    dense = tiny()
+    loop = dense.windows.loop.replace(num_steps=600)
+    return dense.replace(
+        name="tiny-latent",
+        parent="tiny",
+        warm_start="outputs/latent.safetensors",
+        stages=("latents", "layers", "windows", "export"),
+        dit_model=dense.dit_model.replace(
+            latent=LatentConfig(kv_rank=32, query_rank=None, nope_dim=24, rope_bands=(2, 1, 1))
+        ),
+        layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
+        windows=dense.windows.replace(loop=loop, muon_learning_rate=7e-4, adamw_learning_rate=4e-4),
+    )
+
+
 _WAN_NEGATIVE_WORDS = (
     "色调艳丽",
     "过曝",
@@ -281,6 +300,7 @@ AnyRecipe = Recipe | DistillationRecipe
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     "tiny": tiny,
     "tiny-128": tiny_128,
+    "tiny-latent": tiny_latent,
     "wan-1.3b-dmd": wan_1_3b_dmd,
 }
 

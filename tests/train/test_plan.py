@@ -17,6 +17,7 @@ from longtake.recipes import RECIPES, get_recipe
 from longtake.train.dit import DiTTask
 from longtake.train.dmd import DMDTask
 from longtake.train.fit import this_machine
+from longtake.train.layers import LayersTask
 from longtake.train.loop import WeightAverage
 from longtake.train.plan import Machine, StagePlan, plan_lines
 from longtake.train.run import Recipe, train
@@ -37,14 +38,14 @@ def toy(precision: str = "fp32", latent: LatentConfig | None = None, **changes: 
     size = {"height": 32, "width": 32}
     caches = {name: getattr(made, name).replace(**size) for name in ("first_latents", "latents", "held_out")}
     made = made.replace(stream=made.stream.replace(**size), **caches)
-    for stage in ("vae", "first", "windows", "trajectory", "dmd", "decoder"):
+    for stage in ("vae", "layers", "first", "windows", "trajectory", "dmd", "decoder"):
         config = getattr(made, stage)
         settings = {"loop": config.loop.replace(precision=precision), **changes.get(stage, {})}
         made = made.replace(**{stage: config.replace(**settings)})
     return made
 
 
-def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VAETask:
+def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VAETask | LayersTask:
     history, schedule, some = made.stream.history, made.stream.schedule, some_clips()
     dit = made.dit_model
     if stage in ("vae", "decoder"):
@@ -53,6 +54,9 @@ def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VA
         return TrajectoryTask(
             networks(dit), networks(dit), history, schedule, made.trajectory, some, some, some
         )
+    if stage == "layers":
+        parent = networks(dit.replace(latent=None)).requires_grad_(False)
+        return LayersTask(networks(dit), parent, history, made.layers, some, some, some)
     if stage == "dmd":
         return DMDTask(
             networks(dit), networks(dit), history, schedule, made.dmd, CAPTIONS, CAPTIONS, (4, 4, 4)
@@ -64,7 +68,7 @@ def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VA
 @pytest.mark.parametrize(
     ("stage", "latent"),
     [(stage, None) for stage in ("vae", "decoder", "first", "windows", "trajectory")]
-    + [(stage, LATENT) for stage in ("first", "windows", "trajectory")],
+    + [(stage, LATENT) for stage in ("first", "windows", "trajectory", "layers")],
 )
 def test_a_plan_foretells_what_a_step_takes(stage: str, latent: LatentConfig | None, precision: str) -> None:
     made = toy(precision, latent)
@@ -162,7 +166,7 @@ def test_lines_tell_the_plan() -> None:
         assert words in lines
 
 
-TRAINING_STAGES = {"vae", "first", "windows", "trajectory", "dmd", "decoder"}
+TRAINING_STAGES = {"vae", "layers", "first", "windows", "trajectory", "dmd", "decoder"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

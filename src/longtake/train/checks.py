@@ -15,13 +15,13 @@ from longtake.train.dit import DiTTrainingConfig
 from longtake.train.fit import check_multiple
 from longtake.train.latents import LatentCacheConfig
 from longtake.train.plan import Machine, StagePlan
-from longtake.train.stage_plans import Sizes, plan_dit, plan_dmd, plan_trajectory, plan_vae
+from longtake.train.stage_plans import Sizes, plan_dit, plan_dmd, plan_layers, plan_trajectory, plan_vae
 
 if TYPE_CHECKING:
     from longtake.train.run import Recipe
 
 _CACHES = ("first_latents", "latents", "held_out")
-_WALKING = ("first", "windows", "memory", "trajectory")  # stages that read clips
+_WALKING = ("layers", "first", "windows", "memory", "trajectory")  # stages that read clips
 
 
 def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
@@ -41,6 +41,8 @@ def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
             return plan_vae(stage, recipe.vae_model, recipe.vae, machine)
         case "decoder":
             return plan_vae(stage, recipe.vae_model, recipe.decoder, machine)
+        case "layers":
+            return plan_layers(stage, sizes, recipe.layers, machine, _clip_bytes(recipe, stage))
         case "first":
             return plan_dit(stage, sizes, recipe.first, machine, _clip_bytes(recipe, stage))
         case "windows":
@@ -89,6 +91,12 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
     _check_sizes(recipe, stages)
     _check_networks(recipe)
     _check_memory(recipe, stages)
+    if "layers" in stages and (recipe.dit_model.latent is None or recipe.parent is None):
+        raise ConfigError(
+            f"stage layers teaches latent attention what a dense parent answers, but dit_model.latent="
+            f"{recipe.dit_model.latent} and parent={recipe.parent!r}",
+            "set both, with warm_start to what `longtake convert` made of the parent",
+        )
     for stage in _WALKING:
         if stage in stages:
             _check_clips(recipe, stage)
@@ -128,7 +136,7 @@ def _check_memory(recipe: Recipe, stages: Collection[str]) -> None:
             + (f' in mode "{policy.mode}"' if isinstance(policy, EvolvingConfig) else ""),
             'set stream.history.policy.kind="evolving" and its mode="update", or leave the stage out',
         )
-    walking = [stage for stage in ("first", "windows", "memory", "trajectory") if stage in stages]
+    walking = [stage for stage in _WALKING if stage in stages]
     if isinstance(policy, EvolvingConfig) and policy.timing == "second_pass" and walking:
         raise ConfigError(
             f'policy.timing="second_pass" is of passes that follow each other, which stage {walking[0]} '

@@ -321,13 +321,34 @@ class DiTCosts:
         """What an RMS norm keeps per number: its input in fp32, and the normed input."""
         return _SINGLE + self.arithmetic.product_bytes
 
-    def _block_bytes(self, rows: int, chunk: int) -> float:
-        """What a block keeps, the mean over blocks with and without cross-attention."""
+    def self_attention(self, rows: int, chunk: int, num_committed: int, base_rows: int) -> Cost:
+        """Of all layers' self-attention alone, which learns, on tokens that come from elsewhere; arguments as
+        of `forward`.
+        """
+        linear, attention = self._self_attention_flops(rows, chunk, base_rows)
+        score_passes = 2.0 if self.arithmetic.keeps_scores else 2.5
+        layers, tokens = self.config.num_layers, rows * self.chunk_tokens
+        # First layers' inputs need no gradient; that of the output product does.
+        inputs = 2 * tokens * self._first_weights
+        flops = layers * (3 * linear - inputs + (1 + score_passes) * attention)
+        whole = self.forward(rows, chunk, num_committed=num_committed, base_rows=base_rows)
+        kept = layers * tokens * (self._attention_bytes(chunk) + self.config.width * _SINGLE)
+        return Cost(flops=flops, kept=kept, kept_recomputing=kept, history=whole.history)
+
+    @property
+    def _first_weights(self) -> float:
+        """Numbers that each token is multiplied with first, by a layer's self-attention."""
+        config, sizes = self.config, self._latent
+        if config.latent is None:
+            return 3 * config.width**2
+        asked = config.num_heads * (config.latent.nope_dim + config.latent.rope_dim)
+        rank = sum(layer.kv_rank for layer in sizes) / len(sizes)
+        return config.width * ((config.latent.query_rank or asked) + rank + config.latent.rope_dim)
+
+    def _attention_bytes(self, chunk: int) -> float:
+        """What self-attention keeps of each token."""
         config, size = self.config, self.arithmetic.product_bytes
         width = config.width
-        # A modulated layer norm keeps its input and the normed input, both fp32 (in fp32 arithmetic the input
-        # is the residual stream itself), and what goes into the next product.
-        modulated = 2 * _SINGLE + size
         norms = 2 * width * self._norm_bytes if config.qk_norm else 0.0
         past = self.past_tokens(chunk) + self.memory_tokens(chunk)
         read = (past + self.chunk_tokens) / self.chunk_tokens
@@ -338,8 +359,18 @@ class DiTCosts:
             asked = config.num_heads * (config.latent.nope_dim + config.latent.rope_dim)
             normed = self._entry_numbers[0] + (config.latent.query_rank or 0)
             norms = normed * (self._norm_bytes + size)
-        attention = width * (modulated + 2 * size) + norms + size * (asked + read * (asked + values))
-        attention += scores * (past + self.chunk_tokens)
+        attention = width * 2 * size + norms + size * (asked + read * (asked + values))
+        return attention + scores * (past + self.chunk_tokens)
+
+    def _block_bytes(self, rows: int, chunk: int) -> float:
+        """What a block keeps, the mean over blocks with and without cross-attention."""
+        config, size = self.config, self.arithmetic.product_bytes
+        width = config.width
+        # A modulated layer norm keeps its input and the normed input, both fp32 (in fp32 arithmetic the input
+        # is the residual stream itself), and what goes into the next product.
+        modulated = 2 * _SINGLE + size
+        attention = width * modulated + self._attention_bytes(chunk)
+        scores = config.num_heads * _HALF if self.arithmetic.keeps_scores else 0
         cross_norm = self._norm_bytes if config.qk_norm else 0.0
         cross = width * (_SINGLE + size + cross_norm + 2 * size) + scores * config.text_length
         share = self._num_cross / config.num_layers

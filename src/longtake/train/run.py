@@ -26,12 +26,14 @@ from longtake.train.fit import check_fits, this_machine
 from longtake.train.latents import (
     Clips,
     ClipSource,
+    ClipsPerStep,
     FreshClips,
     LatentCacheConfig,
     build_cache,
     captions_of,
     load_cache,
 )
+from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.plan import DeviceKind, Machine, StagePlan
 from longtake.train.recall import RecallSource
@@ -40,9 +42,11 @@ from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
 
-Stage = Literal["vae", "latents", "first", "windows", "memory", "trajectory", "dmd", "decoder", "export"]
+Stage = Literal[
+    "vae", "latents", "layers", "first", "windows", "memory", "trajectory", "dmd", "decoder", "export"
+]
 STAGES: tuple[Stage, ...] = get_args(Stage)
-WITHOUT_MEMORY: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage != "memory")
+PLAIN_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage not in ("memory", "layers"))
 
 _NUM_CLIPS_FOR_STATISTICS = 64
 _NUM_TEACHER_STEPS = 32
@@ -55,18 +59,20 @@ class Recipe(Config):
     Args:
         warm_start: model name or file whose weights the networks start from, also where the recipe's have
             grown (see `train.warm_start`); None starts from scratch.
-        stages: vae (reconstruction), latents (encode clips once), first (first chunks only), windows (whole
-            clips through the history), memory (the same with clips that ask for recall), trajectory (few
-            steps and guidance, learned from the teacher's paths), dmd (the same, matched to the teacher's
-            distribution on self-rollouts), decoder (the autoencoder's decoder alone, latents untouched),
-            export (write the model file).
+        parent: model name or file of the dense model that latent layers learn from; None where they do not.
+        stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
+            as the parent's), first (first chunks only), windows (whole clips through the history), memory
+            (the same with clips that ask for recall), trajectory (few steps and guidance, learned from the
+            teacher's paths), dmd (the same, matched to the teacher's distribution on self-rollouts), decoder
+            (the autoencoder's decoder alone, latents untouched), export (write the model file).
     """
 
     name: str = Field(min_length=1)
     level: int = Field(1, ge=1, description="highest world level it is trained for")
     seed: int = 0
     warm_start: str | None = None
-    stages: tuple[Stage, ...] = WITHOUT_MEMORY
+    parent: str | None = None
+    stages: tuple[Stage, ...] = PLAIN_STAGES
     vae_model: TinyVAEConfig
     text_model: TinyTextConfig
     dit_model: DiTConfig
@@ -75,6 +81,7 @@ class Recipe(Config):
     first_latents: LatentCacheConfig
     latents: LatentCacheConfig
     held_out: LatentCacheConfig
+    layers: LayersConfig = LayersConfig()
     first: DiTTrainingConfig
     windows: DiTTrainingConfig
     memory: DiTTrainingConfig = DiTTrainingConfig(num_recall_clips=2, num_clips=2, fresh_clips=True)
@@ -159,6 +166,7 @@ def train(
     actions: dict[str, Callable[[], dict[str, float]]] = {
         "vae": lambda: _train_vae(recipe, networks, out, stop_after_seconds),
         "latents": lambda: _cache_latents(recipe, networks, out),
+        "layers": lambda: _train_layers(recipe, networks, out, stop_after_seconds),
         "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
         "windows": lambda: _train_dit(recipe, networks, out, "windows", recipe.windows, stop_after_seconds),
         "memory": lambda: _train_dit(recipe, networks, out, "memory", recipe.memory, stop_after_seconds),
@@ -190,7 +198,7 @@ class _Networks:
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
-        for stage in ("first", "windows", "memory"):
+        for stage in ("layers", "first", "windows", "memory"):
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
         for stage in ("trajectory", "dmd"):
@@ -242,7 +250,8 @@ def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, 
     encoding = {name: t for name, t in vae.state_dict().items() if not name.startswith("decoder.")}
     digest = weights_digest(encoding)
     caches = {"held_out": recipe.held_out}
-    cached = [stage for stage in (recipe.first, recipe.windows, recipe.trajectory) if not stage.fresh_clips]
+    walking = (recipe.layers, recipe.first, recipe.windows, recipe.trajectory)
+    cached = [stage for stage in walking if not stage.fresh_clips]
     if any(stage.num_first_clips > 0 for stage in cached):
         caches["first_latents"] = recipe.first_latents
     if any(stage.num_clips > 0 for stage in cached):
@@ -268,6 +277,26 @@ def _train_dit(
     figures = run(task, config.loop, out / stage, seconds)
     if STOPPED_EARLY not in figures:
         networks.keep(stage, networks.text_to_latents)
+    return figures
+
+
+def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
+    assert recipe.parent is not None, "checked before"
+    card, found = load_networks(resolve_model(recipe.parent))
+    if card.dit != recipe.dit_model.replace(latent=None) or card.text != recipe.text_model:
+        raise ConfigError(
+            f"parent={recipe.parent!r} is of other sizes than the recipe's networks",
+            "give the dense model that was converted",
+        )
+    text, dit = found["text"], found["dit"]
+    assert isinstance(text, TinyTextEncoder)
+    assert isinstance(dit, DiT)
+    parent = TextToLatents(text, dit).requires_grad_(False)
+    clips = _load_clips(recipe, networks, out, recipe.layers)
+    task = LayersTask(networks.text_to_latents, parent, recipe.stream.history, recipe.layers, *clips)
+    figures = run(task, recipe.layers.loop, out / "layers", seconds)
+    if STOPPED_EARLY not in figures:
+        networks.keep("layers", networks.text_to_latents)
     return figures
 
 
@@ -327,7 +356,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
 
 
 def _load_clips(
-    recipe: Recipe, networks: _Networks, out: Path, config: DiTTrainingConfig | TrajectoryConfig
+    recipe: Recipe, networks: _Networks, out: Path, config: ClipsPerStep
 ) -> tuple[ClipSource | None, ClipSource | None, Clips]:
     """First chunks and whole clips, where the stage reads any, and held-out clips."""
     chunk_frames = recipe.stream.history.chunk_frames

@@ -21,6 +21,7 @@ from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, 
 from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, probes_of
 from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
 from longtake.train.latents import ClipsPerStep
+from longtake.train.layers import LayersConfig, attention_of, layers_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
 from longtake.train.recall import longest_chunks
 from longtake.train.trajectory import TrajectoryConfig
@@ -128,6 +129,41 @@ def plan_dit(
     phases = [Phase("walks", cost), *_fresh_clips(sizes, config, arithmetic)]
     networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
     networks |= probes
+    return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
+
+
+def plan_layers(
+    stage: str, sizes: Sizes, config: LayersConfig, machine: Machine, data_bytes: int
+) -> StagePlan:
+    """Of layer-wise distillation."""
+    arithmetic = machine.arithmetic(config.loop.precision)
+    dense = replace(sizes, dit=sizes.dit.replace(latent=None))
+    parents, costs = dense.costs(arithmetic), sizes.costs(arithmetic)
+    parent, layers = Cost(), Cost()
+    for count, num_chunks in config.walks:
+        rows = (config.num_copies + 1) * count
+        parent += sizes.text_cost(count, False, arithmetic)
+        for chunk in range(num_chunks):
+            held = parents.kept_rows(count, chunk)
+            parent += parents.forward(rows, chunk, num_committed=held, base_rows=count)
+            layers += costs.self_attention(rows, chunk, count, count)
+    module, frozen, vae = sizes.networks(), dense.networks(frozen=True), _frozen_vae(sizes)
+    module.requires_grad_(False)
+    learned = nn.ModuleList(attention_of(module.dit)).requires_grad_(True)
+    optimizer = layers_optimizer(learned, config)
+    phases = [
+        Phase("latent layers", layers.beside(parent)),
+        Phase("dense parent", Cost(flops=parent.flops)),
+        *_fresh_clips(sizes, config, arithmetic),
+    ]
+    networks = {
+        "text": module.text,
+        "dit": module.dit,
+        "vae": vae,
+        "parent text": frozen.text,
+        "parent dit": frozen.dit,
+        "copy for later stages": sizes.networks(frozen=True),
+    }
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
 

@@ -1,0 +1,96 @@
+"""Layer-wise distillation: latent layers come to answer as the dense ones, and only they learn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from counting import some_clips
+from longtake.convert.files import ConvertConfig, convert_bundle
+from longtake.errors import ConfigError
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
+from longtake.models.latent import LatentConfig
+from longtake.models.memory import MemoryEncoderConfig
+from longtake.stream.bundle import load_model
+from longtake.train.layers import LayersConfig, LayersTask
+from longtake.train.loop import run
+from longtake.train.run import train
+from toy_training import CAPTIONS, DIT, HISTORY, loop, networks, recipe
+
+LATENT = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))
+CONFIG = LayersConfig(
+    loop=loop(40).replace(ema_decay=0.5, evaluate_every_steps=40),
+    num_clips=2,
+    num_chunks=3,
+    num_copies=2,
+    muon_learning_rate=2e-2,
+    adamw_learning_rate=1e-2,
+)
+
+
+def task(memory: bool = False, config: LayersConfig = CONFIG) -> LayersTask:
+    history, dit = HISTORY, DIT
+    if memory:
+        sizes = MemoryEncoderConfig(width=24, num_heads=2, num_frames=1, rows=2, columns=2, num_layers=1)
+        dit = DIT.replace(memory=sizes)
+        history = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=6))
+    module, parent = networks(dit.replace(latent=LATENT)), networks(dit).requires_grad_(False)
+    some = some_clips()
+    return LayersTask(module, parent, history, config, None, some, some)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_answers_come_closer_and_nothing_else_moves(tmp_path: Path, memory: bool) -> None:
+    made = task(memory)
+    others = {
+        name: tensor.clone() for name, tensor in made._dit.named_parameters() if ".self_attn." not in name
+    }
+    before = made.evaluate()
+    after = run(made, CONFIG.loop, tmp_path)
+    assert after["error"] < 0.6 * before["error"]
+    assert all(torch.equal(made._dit.get_parameter(name), tensor) for name, tensor in others.items())
+    assert not made._parent.dit.blocks[0].self_attn._forward_hooks
+
+
+def test_a_dense_layer_in_both_places_answers_alike() -> None:
+    """What is compared is attention over the same past, so that nothing is left where layers are equal."""
+    made = task()
+    made._dit = made._parent.dit
+    errors = made.evaluate()
+    assert errors["error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_gradients_flow_through_the_layers_own_past() -> None:
+    made = task(config=CONFIG.replace(num_chunks=2))
+    loss, figures = made.loss(0, 0.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert set(figures) == {"layer_0", "layer_1"}
+    assert all(parameter.grad is not None for parameter in made.module.parameters())
+
+
+def test_a_model_is_converted_mended_and_exported(tmp_path: Path) -> None:
+    dense = recipe()
+    train(dense, tmp_path / "dense", stages=("vae", "latents", "first", "export"))
+    parent = tmp_path / "dense" / "toy.safetensors"
+    converted = tmp_path / "latent.safetensors"
+    config = ConvertConfig(kv_rank=12, num_tokens=300)
+    report = convert_bundle(parent, converted, config, list(CAPTIONS), lambda line: None)
+    latent = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))
+    assert report.latent_numbers == 2 * (12 + 6)
+    mended = dense.replace(
+        name="mended",
+        parent=str(parent),
+        warm_start=str(converted),
+        dit_model=dense.dit_model.replace(latent=latent),
+        layers=LayersConfig(loop=loop(4), num_clips=2, num_chunks=2),
+    )
+    stages = ("latents", "layers", "windows", "export")
+    train(mended, tmp_path / "mended", stages=stages)
+    assert load_model(str(tmp_path / "mended" / "mended.safetensors")).card.dit.latent == latent
+    with pytest.raises(ConfigError, match="is of other sizes"):
+        train(mended.replace(parent=str(converted)), tmp_path / "other", stages=("latents", "layers"))
+    with pytest.raises(ConfigError, match="parent=None"):
+        train(mended.replace(parent=None), tmp_path / "none", stages=("layers",))
