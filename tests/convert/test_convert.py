@@ -5,6 +5,7 @@ files of all layouts come out whole.
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from longtake.convert.factor import Tokens, effective_ranks, factorise
 from longtake.convert.files import load_converted
 from longtake.convert.layer import convert_layer
 from longtake.convert.network import Plan, convert_layers
+from longtake.convert.ranks import lost, ranks_for_budget, ranks_for_loss
 from longtake.diffusion.flow import Schedule
 from longtake.errors import CheckpointError, ConfigError
 from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full_view
@@ -144,6 +146,55 @@ def test_factors_are_the_best_of_their_rank(seed: int, rank: int, rows: int) -> 
     torch.testing.assert_close(lost, left_out.square().sum(), atol=1e-8, rtol=1e-6)
     latent_mean = factors.down(tokens.mean_w[None])[0]
     torch.testing.assert_close(latent_mean, torch.zeros(rank).double(), atol=1e-9, rtol=0)
+
+
+falling = st.lists(st.floats(1e-6, 1e3), min_size=6, max_size=12).map(lambda x: sorted(x, reverse=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    energies=st.lists(falling, min_size=1, max_size=3), numbers=st.integers(0, 30), multiple=st.integers(1, 2)
+)
+def test_no_other_ranks_make_more_of_a_budget(
+    energies: list[list[float]], numbers: int, multiple: int
+) -> None:
+    rope_dim, layers = 4, len(energies)
+    budget = 2 * (layers * (rope_dim + multiple) + numbers)
+    ranks = ranks_for_budget(energies, budget, rope_dim, multiple)
+    assert 2 * (sum(ranks) + layers * rope_dim) <= budget
+    assert all(rank % multiple == 0 for rank in ranks)
+    best = min(
+        sum(lost(of_layer, rank) for of_layer, rank in zip(energies, others, strict=True))
+        for others in product(*(range(multiple, len(of_layer) + 1, multiple) for of_layer in energies))
+        if 2 * (sum(others) + layers * rope_dim) <= budget
+    )
+    assert sum(map(lost, energies, ranks)) == pytest.approx(best, abs=1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(energies=st.lists(falling, min_size=1, max_size=3), max_loss=st.floats(0.001, 0.9))
+def test_ranks_for_a_loss_are_the_least_that_keep_it(energies: list[list[float]], max_loss: float) -> None:
+    for of_layer, rank in zip(energies, ranks_for_loss(energies, max_loss), strict=True):
+        assert lost(of_layer, rank) <= max_loss
+        assert rank == 1 or lost(of_layer, rank - 1) > max_loss
+
+
+def test_budgets_and_losses_decide_on_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_model(tmp_path / "dense.safetensors"), tmp_path / "latent.safetensors"
+    few = ("--num-tokens", "300")
+    assert convert(source, out, *few, "--budget-bytes", "64") == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert 2 * report["latent_numbers"] == 64
+    ranks = [row["kv_rank"] for row in report["layers"]]
+    assert load_model(str(out)).card.dit.latent.kv_rank == tuple(ranks)  # type: ignore[union-attr]
+    assert convert(source, out, *few, "--max-loss", "0.1", "--rank-multiple", "4") == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert all(row["predicted_loss"] <= 0.1 and row["kv_rank"] % 4 == 0 for row in report["layers"])
+    capsys.readouterr()
+    assert convert(source, out, *few, "--budget-bytes", "20") == 2
+    assert "use 28 or more" in capsys.readouterr().err
+    assert convert(source, out, "--budget-bytes", "64", "--kv-rank", "4") == 2
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_tokens_have_the_mean_and_covariance_of_samples() -> None:

@@ -31,6 +31,9 @@ class Arguments(Config):
         method: "covariance" factorises what the weights make of tokens as they come, "svd" the weights alone;
             "random" draws what it would factorise.
         kv_rank: size of the shared latent, one or one for each layer; an eighth of the width if left out.
+        budget_bytes: that a token may leave in all layers' caches (bf16): ranks that make the best of it.
+        max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
+        rank_multiple: ranks that are chosen in these ways are multiples of this.
         query_rank: size of the queries' latent, as VideoMLA has (768); queries come straight from tokens if
             left out.
         nope_dim: channels of a head without positions; all that do not turn if left out.
@@ -50,6 +53,9 @@ class Arguments(Config):
     out: Path = Path("outputs/latent.safetensors")
     method: Literal["svd", "covariance", "random"] = "covariance"
     kv_rank: int | tuple[int, ...] | None = None
+    budget_bytes: int | None = Field(None, ge=1)
+    max_loss: float | None = Field(None, gt=0, lt=1)
+    rank_multiple: int = Field(1, ge=1)
     query_rank: int | None = Field(None, ge=1)
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.convert.calibrate import sample_tokens
 from longtake.convert.layer import Method
-from longtake.convert.network import Plan, convert_layers, is_replaced
+from longtake.convert.network import Plan, convert_layers, is_replaced, layer_energies
+from longtake.convert.ranks import lost, ranks_for_budget, ranks_for_loss
 from longtake.convert.report import ConversionReport, LayerReport
 from longtake.diffusion.flow import Schedule
 from longtake.errors import CheckpointError, ConfigError
@@ -46,6 +47,9 @@ class ConvertConfig(Config):
     Args:
         method: see `network.Plan`.
         kv_rank: of the latent, for all layers or one each; None is an eighth of the width, as in VideoMLA.
+        budget_bytes: that a token may leave in all caches (bf16): ranks that make the best of it.
+        max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
+        rank_multiple: chosen ranks are multiples of this.
         query_rank: of the queries' latent; None makes queries from tokens directly.
         nope_dim: channels without positions; None keeps as many channels a head as there were.
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
@@ -56,6 +60,9 @@ class ConvertConfig(Config):
 
     method: Method = "covariance"
     kv_rank: int | tuple[int, ...] | None = None
+    budget_bytes: int | None = Field(default=None, ge=1)
+    max_loss: float | None = Field(default=None, gt=0, lt=1)
+    rank_multiple: int = Field(default=1, ge=1)
     query_rank: int | None = Field(default=None, ge=1)
     nope_dim: int | None = Field(default=None, ge=1)
     rope_bands: tuple[int | tuple[int, ...], int | tuple[int, ...], int | tuple[int, ...]] | None = None
@@ -63,8 +70,34 @@ class ConvertConfig(Config):
     num_chunks: int = Field(default=6, ge=1)
     seed: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _one_way_to_ranks(self) -> ConvertConfig:
+        given = {
+            name: value
+            for name in ("kv_rank", "budget_bytes", "max_loss")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            raise ConfigError(f"{given} all decide on ranks", "give one of them")
+        return self
+
+    def chosen(
+        self, plan: Plan, state: Mapping[str, Tensor], samples: list[Tensor] | None
+    ) -> tuple[Plan, tuple[float, ...]]:
+        """The plan with ranks chosen, where they are to be, and what each layer is predicted to lose."""
+        energies = layer_energies(plan, state, samples)
+        if self.budget_bytes is not None:
+            ranks = ranks_for_budget(energies, self.budget_bytes, plan.latent.rope_dim, self.rank_multiple)
+        elif self.max_loss is not None:
+            ranks = ranks_for_loss(energies, self.max_loss, self.rank_multiple)
+        else:
+            ranks = plan.latent.ranks(plan.dense.num_layers)
+        if self.budget_bytes is not None or self.max_loss is not None:
+            plan = replace(plan, latent=plan.latent.replace(kv_rank=ranks))
+        return plan, tuple(lost(of_layer, rank) for of_layer, rank in zip(energies, ranks, strict=True))
+
     def latent(self, dense: DiTConfig) -> LatentConfig:
-        """Of the attention that replaces a network's own."""
+        """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
         bands = self.rope_bands
         if bands is None:  # 6, 5 and 5 of Wan's 22, 21 and 21
             time, row, column = (
@@ -129,7 +162,7 @@ def convert_bundle(
         progress(f"{config.num_chunks} chunks under {len(prompts)} prompts")
         samples = _tokens_of(card.stream, networks, prompts, config)
     state = dit.state_dict()
-    weights, report = _converted(plan, state, samples, config, str(path), progress)
+    plan, weights, report = _converted(plan, state, samples, config, str(path), progress)
     made = DiT(plan.config)
     load_into(made, {name: t for name, t in state.items() if not is_replaced(name)} | weights, "conversion")
     named = card.replace(name=f"{card.name}-latent", dit=plan.config)
@@ -165,7 +198,7 @@ def convert_weights(
     if calibration is not None and config.num_tokens > 0:
         progress(f"{config.num_chunks} chunks for {config.num_tokens} tokens of every layer")
         samples = _tokens_of_bare(dense, state, calibration, config, str(path))
-    weights, report = _converted(plan, state, samples, config, str(path), progress)
+    plan, weights, report = _converted(plan, state, samples, config, str(path), progress)
     kind = state["patch_embedding.weight"].dtype
     kept = {name: tensor for name, tensor in state.items() if not is_replaced(name)}
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}
@@ -244,21 +277,26 @@ def _converted(
     config: ConvertConfig,
     source: str,
     progress: Progress,
-) -> tuple[dict[str, Tensor], ConversionReport]:
+) -> tuple[Plan, dict[str, Tensor], ConversionReport]:
+    plan, predicted = config.chosen(plan, state, samples)
     weights: dict[str, Tensor] = {}
     rows: list[LayerReport] = []
     dense, ranks = plan.dense, plan.latent.ranks(plan.dense.num_layers)
     for layer, made in convert_layers(plan, state, samples):
         weights |= {f"blocks.{layer}.self_attn.{name}": t for name, t in made.weights.items()}
-        rows.append(LayerReport.of(layer, ranks[layer], made))
+        rows.append(LayerReport.of(layer, ranks[layer], predicted[layer], made))
         progress(f"layer {layer + 1} of {dense.num_layers}")
-    return weights, ConversionReport(
-        source=source,
-        method=config.method,
-        num_tokens=0 if samples is None else len(samples[0]),
-        dense_numbers=2 * dense.width * dense.num_layers,
-        latent_numbers=sum(ranks) + dense.num_layers * plan.latent.rope_dim,
-        layers=tuple(rows),
+    return (
+        plan,
+        weights,
+        ConversionReport(
+            source=source,
+            method=config.method,
+            num_tokens=0 if samples is None else len(samples[0]),
+            dense_numbers=2 * dense.width * dense.num_layers,
+            latent_numbers=sum(ranks) + dense.num_layers * plan.latent.rope_dim,
+            layers=tuple(rows),
+        ),
     )
 
 

@@ -114,6 +114,13 @@ def convert_layer(
     )
 
 
+def weighed_energies(dense: DenseLayer, config: LatentConfig, tokens: Tokens) -> tuple[float, ...]:
+    """Squared singular values of what a layer's latent has to hold, as errors matter, largest first."""
+    parts = _Parts(dense, config, tokens)
+    values = torch.linalg.svdvals(parts.metric @ parts.content.weight @ tokens.root_ww)
+    return tuple(values.square().tolist())
+
+
 class _Parts:
     """What the latent layer is to compute, as linear maps of the tokens, and how much errors matter."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from longtake.convert.dense import DenseLayer
 from longtake.convert.factor import Tokens
-from longtake.convert.layer import Converted, Method, convert_layer
+from longtake.convert.layer import Converted, Method, convert_layer, weighed_energies
 from longtake.errors import ConfigError
 from longtake.models.dit import DiTConfig
 from longtake.models.latent import LatentConfig
@@ -81,6 +81,21 @@ def convert_layers(
         if progress is not None:
             progress(layer + 1)
         yield layer, made
+
+
+def layer_energies(
+    plan: Plan, weights: Mapping[str, Tensor], samples: Sequence[Tensor] | None
+) -> list[tuple[float, ...]]:
+    """Of every layer what `ranks` chooses by; arguments as of `convert_layers`."""
+    dense = plan.dense
+    return [
+        weighed_energies(
+            DenseLayer.of(weights, layer, dense.num_heads, dense.eps),
+            plan.latent,
+            _tokens(plan, None if samples is None else samples[layer]),
+        )
+        for layer in range(dense.num_layers)
+    ]
 
 
 def _tokens(plan: Plan, samples_nw: Tensor | None) -> Tokens:

@@ -20,6 +20,7 @@ class LayerReport(Config):
         energy: share of it that the first `kv_rank` of them hold.
         latent_ranks: as `dense_ranks`, of the product that replaces them.
         dense_energies, latent_energies: cumulated shares.
+        predicted_loss: share of keys and values, as errors matter, beyond the rank (`ranks.lost`).
         kv_error, q_error, rope_error: shares of the variance lost, see `layer.Converted`.
     """
 
@@ -30,12 +31,13 @@ class LayerReport(Config):
     latent_ranks: tuple[int, ...]
     dense_energies: tuple[float, ...]
     latent_energies: tuple[float, ...]
+    predicted_loss: float
     kv_error: float | None
     q_error: float | None
     rope_error: float | None
 
     @classmethod
-    def of(cls, layer: int, kv_rank: int, made: Converted) -> LayerReport:
+    def of(cls, layer: int, kv_rank: int, predicted_loss: float, made: Converted) -> LayerReport:
         """Of a converted layer."""
         dense, latent = _cumulated(made.dense.energies), _cumulated(made.latent.energies)
         return cls(
@@ -46,6 +48,7 @@ class LayerReport(Config):
             latent_ranks=made.latent.ranks,
             dense_energies=dense,
             latent_energies=latent,
+            predicted_loss=predicted_loss,
             kv_error=made.kv_error,
             q_error=made.q_error,
             rope_error=made.rope_error,
@@ -77,13 +80,15 @@ class ConversionReport(Config):
 
 def table(report: ConversionReport) -> list[str]:
     """A line for every layer, under a heading."""
-    lines = ["layer  rank  energy  dense 90/95/99 %   latent 90/95/99 %   lost: k, v      q   rope"]
+    lines = [
+        "layer  rank  energy  dense 90/95/99 %   latent 90/95/99 %   lost: as predicted   k, v      q   rope"
+    ]
     for row in report.layers:
-        lost = (_percent(value) for value in (row.kv_error, row.q_error, row.rope_error))
+        lost = (_percent(value) for value in (row.predicted_loss, row.kv_error, row.q_error, row.rope_error))
         lines.append(
             f"{row.layer:>5}{row.kv_rank:>6}{row.energy:>8.3f}"
             f"{'/'.join(map(str, row.dense_ranks)):>18}{'/'.join(map(str, row.latent_ranks)):>20}"
-            + "".join(f"{value:>{width}}" for value, width in zip(lost, (13, 7, 7), strict=True))
+            + "".join(f"{value:>{width}}" for value, width in zip(lost, (21, 7, 7, 7), strict=True))
         )
     return lines
 
