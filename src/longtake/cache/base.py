@@ -128,7 +128,9 @@ class Buffers:
     ) -> None:
         def allocated(layer: int) -> dict[str, Tensor]:
             return {
-                name: torch.zeros(num_slots, capacity_tokens, *part.shape, device=device, dtype=dtype)
+                name: torch.zeros(
+                    num_slots, capacity_tokens, *part.shape, device=device, dtype=part.dtype or dtype
+                )
                 for name, part in spec.layers[layer]
                 if names is None or name in names
             }

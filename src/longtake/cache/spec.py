@@ -18,10 +18,13 @@ class PartSpec:
         shape: shape per token, e.g. ``(heads, head_dim)``; a rotary part must end in ``(heads, 2 * rope
             pairs)``.
         rotary: the part turns with the token's position when it is read. Entries hold it un-rotated.
+        dtype: in which it is kept; None for that of the buffers. Bytes are what an attention module packs and
+            unpacks: nobody else calculates with them.
     """
 
     shape: tuple[int, ...]
     rotary: bool = False
+    dtype: torch.dtype | None = None
 
 
 Parts = tuple[tuple[str, PartSpec], ...]
@@ -64,5 +67,12 @@ class CacheSpec:
         return sum(prod(part.shape) for _, part in self.layers[layer])
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes that one token occupies over all layers."""
-        return dtype.itemsize * sum(self.numbers_per_token(layer) for layer in range(self.num_layers))
+        """Bytes that one token occupies over all layers, in buffers of a type."""
+        return sum(
+            prod(part.shape) * (part.dtype or dtype).itemsize for parts in self.layers for _, part in parts
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether some part is bytes that do not mean numbers to anybody else."""
+        return any(part.dtype is not None for _, part in self.layers[0])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import Entries
+from longtake.errors import ConfigError
 from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyState, Surroundings
 
 _COUNT, _LIKE = "count", "like"
@@ -46,9 +47,17 @@ class KeptEntries(Policy):
     Args:
         surroundings: layout and token grid.
         grid: where the memory tokens stand.
+
+    Raises:
+        ConfigError: a layout whose numbers cannot be averaged, for a policy that does.
     """
 
     def __init__(self, surroundings: Surroundings, grid: MemoryGrid) -> None:
+        if self.averages and surroundings.spec.is_packed:
+            raise ConfigError(
+                "a policy that averages cannot calculate with packed latents",
+                'use latent.storage="full", or a policy that keeps entries as they are',
+            )
         self._spec = surroundings.spec
         self._frame_tokens = surroundings.grid[0] * surroundings.grid[1]
         self._grid = grid
@@ -61,15 +70,15 @@ class KeptEntries(Policy):
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """Zeros, which are never read."""
         shapes = [
-            {name: (*self.state_shape(), *part.shape) for name, part in parts} | self.extra_shapes()
+            {name: ((*self.state_shape(), *part.shape), part.dtype) for name, part in parts}
+            | {name: (shape, None) for name, shape in self.extra_shapes().items()}
             for parts in self._spec.layers
         ]
+        own = torch.float32 if self.averages else dtype
         kept = {
-            f"{layer}.{name}": torch.zeros(
-                batch, *shape, device=device, dtype=torch.float32 if self.averages else dtype
-            )
+            f"{layer}.{name}": torch.zeros(batch, *shape, device=device, dtype=part_dtype or own)
             for layer, of_layer in enumerate(shapes)
-            for name, shape in of_layer.items()
+            for name, (shape, part_dtype) in of_layer.items()
         }
         count = torch.zeros(batch, dtype=torch.int64, device=device)
         return kept | {_COUNT: count, _LIKE: torch.zeros(batch, 1, dtype=dtype, device=device)}
@@ -98,11 +107,12 @@ class KeptEntries(Policy):
 
     def read(self, state: PolicyState) -> Entries:
         """What was kept."""
+        like = state[_LIKE].dtype
         return Entries(
             tuple(
                 {
-                    name: self.shown(state[f"{layer}.{name}"]).type_as(state[_LIKE])
-                    for name in self._spec.names
+                    name: self.shown(state[f"{layer}.{name}"]).to(part.dtype or like)
+                    for name, part in self._spec.layers[layer]
                 }
                 for layer in range(self._spec.num_layers)
             )

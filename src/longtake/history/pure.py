@@ -323,7 +323,7 @@ class PureHistory:
 
 
 def _example(entries: Entries) -> tuple[int, torch.device, torch.dtype]:
-    part = next(iter(entries.layers[0].values()))
+    part = next(part for part in entries.layers[0].values() if part.is_floating_point())
     return entries.num_rows, part.device, part.dtype
 
 

@@ -291,7 +291,9 @@ class DiT(nn.Module):
         """The layout of this network's entries."""
         config = self.config
         if config.latent is not None:
-            return latent_layout(config.latent.ranks(config.num_layers), config.latent.rope(config.head_dim))
+            latent = config.latent
+            ranks, rope = latent.ranks(config.num_layers), latent.rope(config.head_dim)
+            return latent_layout(ranks, rope, latent.storage)
         return dense_layout(config.num_layers, config.num_heads, config.head_dim)
 
     def _self_attention(self, layer: int) -> nn.Module:

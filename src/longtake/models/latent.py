@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from longtake.cache.latent import CONTENT, ROPE_KEY
+from longtake.cache.latent import CONTENT, ROPE_KEY, SCALES
+from longtake.cache.quantized import Storage, pack_fp8, pack_int4, rounded, unpack_fp8, unpack_int4
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.history.base import QUERIES, HistoryView
@@ -42,6 +43,8 @@ class LatentConfig(Config):
             turns with; its size (d_rope) is twice their number.
         path: how attention is computed. "expand" makes one layer's keys and values, "absorbed" none; "auto"
             takes what costs fewer FLOPs.
+        storage: of latents in a cache: as they are, as 8-bit floats, or in 4 bits with a scale for each 32
+            (`cache.quantized`). A chunk's own latents, while it is made, are as they are.
     """
 
     kv_rank: int | tuple[int, ...] = 192
@@ -49,6 +52,7 @@ class LatentConfig(Config):
     nope_dim: int = Field(default=96, ge=1)
     rope_bands: tuple[Bands, Bands, Bands] = (6, 5, 5)
     path: Literal["auto", "expand", "absorbed"] = "auto"
+    storage: Storage = "full"
 
     @model_validator(mode="after")
     def _fits(self) -> LatentConfig:
@@ -174,8 +178,9 @@ class LatentAttention(nn.Module):
         query_rtc = self.norm_q(self.q_down(x_rtw))
         q_nope_rthn = torch.unflatten(self.q_nope(query_rtc), -1, (self.num_heads, -1))
         q_rope_rthp = torch.unflatten(self.q_rope(query_rtc), -1, (self.num_heads, -1))
-        entries = {CONTENT: self.norm_kv(self.kv_down(x_rtw)), ROPE_KEY: self.k_rope(x_rtw).unsqueeze(2)}
-        own = {**entries, ROPE_KEY: view.rotate(entries[ROPE_KEY])}
+        content_rtc, key_rt1p = self.norm_kv(self.kv_down(x_rtw)), self.k_rope(x_rtw).unsqueeze(2)
+        own = {CONTENT: content_rtc, ROPE_KEY: view.rotate(key_rt1p)}
+        entries = {**self._stored(content_rtc), ROPE_KEY: key_rt1p}
         q_turned_rthp = view.rotate(q_rope_rthp)
         path = self.path(x_rtw.shape[:2], view, layer)
         read = self._expanded if path == "expand" else self._absorbed
@@ -206,10 +211,33 @@ class LatentAttention(nn.Module):
 
     def _expand(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
+        content_btc = self._content(parts)
         rope_bthp = parts[ROPE_KEY].expand(-1, -1, self.num_heads, -1)
         # Keys first: what is left over when they are joined is gone before there are values.
-        keys = torch.cat([self._heads(self.k_up(parts[CONTENT])), rope_bthp], dim=-1)
-        return keys, self._heads(self.v_up(parts[CONTENT]))
+        keys = torch.cat([self._heads(self.k_up(content_btc)), rope_bthp], dim=-1)
+        return keys, self._heads(self.v_up(content_btc))
+
+    def _stored(self, content_rtc: Tensor) -> dict[str, Tensor]:
+        """Latents as a cache keeps them; where gradients flow, as numbers that were rounded so."""
+        storage = self.config.storage
+        if storage == "full":
+            return {CONTENT: content_rtc}
+        if torch.is_grad_enabled() and content_rtc.requires_grad:
+            return {CONTENT: rounded(content_rtc, storage)}
+        if storage == "fp8":
+            return {CONTENT: pack_fp8(content_rtc)}
+        packed, scales = pack_int4(content_rtc)
+        return {CONTENT: packed, SCALES: scales}
+
+    def _content(self, parts: Mapping[str, Tensor]) -> Tensor:
+        """Latents of entries, however they are kept."""
+        content = parts[CONTENT]
+        if content.dtype != torch.uint8:
+            return content
+        dtype = self.k_up.weight.dtype
+        if SCALES in parts:
+            return unpack_int4(content, parts[SCALES], self.sizes.kv_rank, dtype)
+        return unpack_fp8(content, dtype)
 
     def _expanded(
         self,
@@ -224,8 +252,9 @@ class LatentAttention(nn.Module):
         latent = [parts for parts in past if CONTENT in parts]
         dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
         if view.copies == 1:  # join what is small, then expand
-            joined = {name: torch.cat([*(parts[name] for parts in latent), own[name]], dim=1) for name in own}
-            k_rkhd, v_rkhd = self._expand(joined)
+            content_rkc = view.joined([self._content(parts) for parts in latent], own[CONTENT])
+            key_rk1p = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY])
+            k_rkhd, v_rkhd = self._expand({CONTENT: content_rkc, ROPE_KEY: key_rk1p})
         else:
             k_rkhd, v_rkhd = self._expand(own)
             dense += [self._expand(parts) for parts in latent]
@@ -248,7 +277,7 @@ class LatentAttention(nn.Module):
         latent = [parts for parts in past if CONTENT in parts]
         dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
         assert all(CONTENT in parts for parts in past[len(dense) :]), "latents come last"
-        content_rkc = view.joined([parts[CONTENT] for parts in latent], own[CONTENT])
+        content_rkc = view.joined([self._content(parts) for parts in latent], own[CONTENT])
         rope_rkp = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY]).squeeze(2)
         k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
         k_bias_hn = torch.unflatten(self.k_up.bias, 0, (self.num_heads, -1))

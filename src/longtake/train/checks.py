@@ -10,6 +10,7 @@ import torch
 from longtake.errors import ConfigError
 from longtake.history.base import check_ids_fit
 from longtake.history.evolving import EvolvingConfig
+from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.models.dit import DiT
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.fit import check_multiple
@@ -20,6 +21,7 @@ from longtake.train.stage_plans import Sizes, plan_dit, plan_dmd, plan_layers, p
 if TYPE_CHECKING:
     from longtake.train.run import Recipe
 
+KeptConfig = KeyFramesConfig | MostAttendedConfig
 _CACHES = ("first_latents", "latents", "held_out")
 _WALKING = ("layers", "first", "windows", "memory", "trajectory")  # stages that read clips
 
@@ -91,6 +93,7 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
     _check_sizes(recipe, stages)
     _check_networks(recipe)
     _check_memory(recipe, stages)
+    _check_storage(recipe, stages)
     if "layers" in stages and (recipe.dit_model.latent is None or recipe.parent is None):
         raise ConfigError(
             f"stage layers teaches latent attention what a dense parent answers, but dit_model.latent="
@@ -142,6 +145,17 @@ def _check_memory(recipe: Recipe, stages: Collection[str]) -> None:
             f'policy.timing="second_pass" is of passes that follow each other, which stage {walking[0]} '
             "does not have",
             'set stream.history.policy.timing="chunk", or train by dmd alone',
+        )
+
+
+def _check_storage(recipe: Recipe, stages: Collection[str]) -> None:
+    latent, policy = recipe.dit_model.latent, recipe.stream.history.policy
+    trains = [stage for stage in (*_WALKING, "dmd") if stage in stages]
+    if latent is not None and latent.storage != "full" and trains and isinstance(policy, KeptConfig):
+        raise ConfigError(
+            f'latent.storage="{latent.storage}" is learned with as rounded numbers, which the policy '
+            f'"{policy.kind}" cannot keep as bytes',
+            'set dit_model.latent.storage="full" for training, or another policy',
         )
 
 
