@@ -31,7 +31,6 @@ from longtake.models.dit import DiT, DiTConfig
 from longtake.models.latent import LatentConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
-from longtake.ops.rope import wan_rope
 from longtake.stream.bundle import METADATA_KEY, load_networks, save_model
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
@@ -98,23 +97,16 @@ class ConvertConfig(Config):
 
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
-        bands = self.rope_bands
-        if bands is None:  # 6, 5 and 5 of Wan's 22, 21 and 21
-            time, row, column = (
-                max(1, round(0.26 * len(axis))) for axis in wan_rope(dense.head_dim).frequencies
-            )
-            bands = (time, row, column)
-        made = LatentConfig(
-            kv_rank=dense.width // 8 if self.kv_rank is None else self.kv_rank,
-            query_rank=self.query_rank,
-            nope_dim=1 if self.nope_dim is None else self.nope_dim,
-            rope_bands=bands,
-        )
+        made = LatentConfig.proportional(dense.width, dense.head_dim).replace(query_rank=self.query_rank)
+        if self.kv_rank is not None:
+            made = made.replace(kv_rank=self.kv_rank)
+        if self.rope_bands is not None:
+            made = made.replace(rope_bands=self.rope_bands)
         if self.nope_dim is not None:
-            return made
+            return made.replace(nope_dim=self.nope_dim)
         if made.rope_dim >= dense.head_dim:
             raise ConfigError(
-                f"rope_bands={bands} take all {dense.head_dim} channels of a head",
+                f"rope_bands={made.rope_bands} take all {dense.head_dim} channels of a head",
                 "use fewer bands, or give nope_dim",
             )
         return made.replace(nope_dim=dense.head_dim - made.rope_dim)

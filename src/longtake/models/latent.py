@@ -69,6 +69,15 @@ class LatentConfig(Config):
             raise ConfigError(f"rope_bands={self.rope_bands} leave no position", "use one band at least")
         return self
 
+    @classmethod
+    def proportional(cls, width: int, head_dim: int) -> LatentConfig:
+        """VideoMLA's proportions for another network: a latent of an eighth of its width, the highest quarter
+        of its bands, as many channels a head as before; queries straight from tokens.
+        """
+        time, row, column = (max(1, round(0.26 * len(axis))) for axis in wan_rope(head_dim).frequencies)
+        made = cls(kv_rank=width // 8, query_rank=None, nope_dim=1, rope_bands=(time, row, column))
+        return made.replace(nope_dim=head_dim - made.rope_dim)
+
     @property
     def rope_dim(self) -> int:
         """Channels of the shared rotary key (d_rope)."""

@@ -1,0 +1,194 @@
+"""What latent attention saves and costs beside dense: bytes and FLOPs counted at Wan2.1-1.3B's size, bytes
+measured on real allocations, time measured on a model's streams by turns.
+
+Counted is a chunk of a stream whose window is full: four denoising passes and the context pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Final
+
+import torch
+from pydantic import Field
+
+from longtake.bench.cpu import full_window_chunk, measure_pairs
+from longtake.bench.memory import WAN_1_3B, WAN_LATENT, Tell
+from longtake.bench.meter import environment, resident_bytes
+from longtake.cache.base import Buffers
+from longtake.cache.latent import latent_layout
+from longtake.cache.quantized import Storage
+from longtake.config import Config
+from longtake.history.base import HistoryConfig
+from longtake.models.dit import DiT
+from longtake.models.latent import LatentConfig
+from longtake.stream.pipeline import Pipeline
+from longtake.stream.session import Stream
+from longtake.train.costs import DiTCosts
+
+WINDOWS: Final = (7, 12, 21, 63)
+"""Latent frames, current chunk included."""
+STORAGES: Final[tuple[Storage, ...]] = ("full", "fp8", "int4")
+MAX_BYTES: Final = 166
+MAX_TIME_RATIO: Final = 1.05
+NUM_PASSES: Final = 5
+WAN_DECODER_STATE_BYTES: Final = 1.9e9
+"""Of Wan's streaming autoencoder at 480x832 in bf16: 0.94 G numbers, kept for every stream."""
+_NUM_WEIGHTS: Final = 1.42e9 + 0.13e9  # DiT and autoencoder; the text encoder need not stay
+
+
+class LatentBenchConfig(Config):
+    """What to measure.
+
+    Attributes:
+        prompt: of the streams. ``seed``: of their noise.
+        num_pairs: dense and latent chunks that take turns.
+        measured_bytes: at least so much is allocated to compare with what is counted.
+        device_bytes: memory in which streams of 21 frames are counted.
+    """
+
+    prompt: str = Field("a red circle bouncing on a blue sky", min_length=1)
+    seed: int = Field(0, ge=0)
+    num_pairs: int = Field(100, ge=1)
+    measured_bytes: int = Field(256 << 20, ge=1)
+    device_bytes: float = Field(80e9, gt=0)
+
+
+def counted_window(window_frames: int, device_bytes: float) -> dict[str, Any]:
+    """Bytes and FLOPs of a chunk at Wan2.1-1.3B's size."""
+    history = HistoryConfig(window_frames=window_frames, sink_frames=1, chunk_frames=3)
+    chunk, latent = 2 * window_frames, LatentConfig()
+    flops: dict[str, float] = {}
+    networks = {"dense": WAN_1_3B} | {
+        path: WAN_1_3B.replace(latent=latent.replace(path=path)) for path in ("expand", "absorbed", "auto")
+    }
+    for name, config in networks.items():
+        flops[name] = NUM_PASSES * DiTCosts(config, history, *WAN_LATENT).forward(1, chunk).flops
+    frame_tokens = WAN_LATENT[0] // 2 * (WAN_LATENT[1] // 2)
+    tokens = window_frames * frame_tokens
+    with torch.device("meta"):
+        per_token = {"dense": DiT(WAN_1_3B).cache_spec().bytes_per_token(torch.bfloat16)}
+    ranks, rope = latent.ranks(WAN_1_3B.num_layers), latent.rope(WAN_1_3B.head_dim)
+    for storage in STORAGES:
+        spec = latent_layout(ranks, rope, storage)
+        per_token["latent" if storage == "full" else f"latent, {storage}"] = spec.bytes_per_token(
+            torch.bfloat16
+        )
+    cache = {name: tokens * size for name, size in per_token.items()}
+    room = device_bytes - 2 * _NUM_WEIGHTS
+    width = WAN_1_3B.width
+    return {
+        "window_frames": window_frames,
+        "flops": flops,
+        "cache_bytes": cache,
+        "one_layer_expanded_bytes": tokens * 2 * width * 2,
+        "streams": {name: int(room // (size + WAN_DECODER_STATE_BYTES)) for name, size in cache.items()},
+        "streams_without_decoder_state": {name: int(room // size) for name, size in cache.items()},
+    }
+
+
+def measured_allocation(num_bytes: int) -> list[dict[str, Any]]:
+    """Resident memory that buffers at Wan2.1-1.3B's size really take, beside what their layout counts."""
+    rows = []
+    latent = LatentConfig()
+    ranks, rope = latent.ranks(WAN_1_3B.num_layers), latent.rope(WAN_1_3B.head_dim)
+    for storage in STORAGES:
+        spec = latent_layout(ranks, rope, storage)
+        per_token = spec.bytes_per_token(torch.bfloat16)
+        tokens = -(-num_bytes // per_token)
+        before = resident_bytes()
+        buffers = Buffers(spec, 1, tokens, torch.device("cpu"), torch.bfloat16)
+        for tensor in buffers.named_tensors().values():
+            tensor.fill_(1)  # zeros that nobody has written take no memory
+        after = resident_bytes()
+        rows.append(
+            {
+                "storage": storage,
+                "bytes_per_token_and_layer": per_token / WAN_1_3B.num_layers,
+                "counted_bytes": tokens * per_token,
+                "allocated_bytes": buffers.num_bytes,
+                "resident_bytes": None if before is None or after is None else after - before,
+            }
+        )
+        del buffers
+    return rows
+
+
+def as_latent(pipeline: Pipeline) -> Pipeline:
+    """The model with untrained latent attention, for measuring time, which does not depend on weights."""
+    dense = pipeline.dit.config
+    config = dense.replace(latent=LatentConfig.proportional(dense.width, dense.head_dim))
+    torch.manual_seed(0)
+    dit = DiT(config).to(pipeline.device).eval().requires_grad_(False)
+    return replace(pipeline, dit=dit)
+
+
+def run_latent_bench(config: LatentBenchConfig, pipeline: Pipeline, model: str, tell: Tell) -> dict[str, Any]:
+    """All figures, as a report ready for JSON.
+
+    Args:
+        config: what to measure.
+        pipeline: the model, with dense attention or latent.
+        model: its name.
+        tell: given a line about what is measured next.
+    """
+    tell("allocations")
+    allocated = measured_allocation(config.measured_bytes)
+    tell(f"time: {config.num_pairs} pairs")
+    own = pipeline.dit.config.latent
+    latent = pipeline if own is not None else as_latent(pipeline)
+    plain = pipeline.dit.config.replace(latent=None)
+    dense = pipeline
+    if own is not None:
+        torch.manual_seed(0)
+        dense = replace(pipeline, dit=DiT(plain).to(pipeline.device).eval().requires_grad_(False))
+    streams = [Stream(used, config.prompt, config.seed, decode=False) for used in (dense, latent)]
+    for stream in streams:
+        for _ in range(full_window_chunk(pipeline) + 2):
+            next(stream)
+    times = measure_pairs(streams[0], streams[1], config.num_pairs, ("dense", "latent"))
+    specs = {"dense": dense.dit.cache_spec(), "latent": latent.dit.cache_spec()}
+    report = {
+        "config": config.model_dump(mode="json"),
+        "environment": environment(),
+        "model": {
+            "path": model,
+            "weights_sha256": pipeline.digest,
+            "latent": latent.dit.config.latent.model_dump(mode="json") if latent.dit.config.latent else None,
+            "bytes_per_token": {name: spec.bytes_per_token(torch.float32) for name, spec in specs.items()},
+        },
+        "wan_1_3b": [counted_window(window, config.device_bytes) for window in WINDOWS],
+        "allocated": allocated,
+        "time": times,
+    }
+    return {**report, "bars": bars(report)}
+
+
+def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is required, what was measured, and whether it suffices."""
+    by_storage = {row["storage"]: row for row in report["allocated"]}
+    off = max(abs(row["allocated_bytes"] / row["counted_bytes"] - 1) for row in report["allocated"])
+    ratio = report["time"]["ratio_of_medians"]
+    packed = by_storage["int4"]["bytes_per_token_and_layer"]
+    plain = by_storage["full"]["bytes_per_token_and_layer"]
+    return [
+        {
+            "what": "bytes a token and layer, bf16",
+            "measured": plain,
+            "required": "= 448",
+            "met": plain == 448,
+        },
+        {
+            "what": "bytes a token and layer, int4",
+            "measured": packed,
+            "required": f"<= {MAX_BYTES}",
+            "met": packed <= MAX_BYTES,
+        },
+        {"what": "allocated over counted, off by", "measured": off, "required": "= 0", "met": off == 0},
+        {
+            "what": "latent over dense, time of a chunk's latents",
+            "measured": ratio,
+            "required": f"<= {MAX_TIME_RATIO}",
+            "met": ratio <= MAX_TIME_RATIO,
+        },
+    ]

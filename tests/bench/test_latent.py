@@ -1,0 +1,79 @@
+"""What latent attention saves and costs: counted as torch counts it, allocated as counted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from counting import counter
+from longtake.bench.latent import as_latent, counted_window, measured_allocation
+from longtake.cli import main
+from longtake.models.dit import wan_dit
+from longtake.models.latent import LatentConfig
+from longtake.stream.pipeline import Pipeline
+from longtake.stream.session import Stream
+from longtake.train.costs import DiTCosts
+from model_file import write_model
+from tiny_parts import small_pipeline
+
+
+def flops_of_a_chunk(pipeline: Pipeline) -> int:
+    stream = Stream(pipeline, "a red ball", decode=False)
+    for _ in range(6):
+        next(stream)
+    with counter() as counted:
+        next(stream)
+    return counted.get_total_flops()
+
+
+@pytest.mark.parametrize("path", ["expand", "absorbed"])
+def test_a_latent_chunk_costs_what_torch_counts(path: str) -> None:
+    pipeline = as_latent(small_pipeline())
+    config = pipeline.dit.config
+    assert config.latent is not None
+    config = config.replace(latent=config.latent.replace(path=path))
+    made = type(pipeline.dit)(config).eval().requires_grad_(False)
+    pipeline = dataclasses.replace(pipeline, dit=made)
+    costs = DiTCosts(config, pipeline.config.history, *pipeline.latent_shape[2:])
+    assert 3 * costs.forward(1, 20).flops == pytest.approx(flops_of_a_chunk(pipeline), rel=0.01)
+
+
+def test_windows_are_counted_as_published() -> None:
+    """reference: 2.01 GB dense and 0.147 GB for 7 frames, 6.04 and 0.44 for 21; expanding costs a little."""
+    seven, twenty_one = (counted_window(window, 80e9) for window in (7, 21))
+    assert seven["cache_bytes"]["dense"] == pytest.approx(2.01e9, rel=0.01)
+    assert seven["cache_bytes"]["latent"] == pytest.approx(0.147e9, rel=0.01)
+    assert twenty_one["cache_bytes"]["dense"] == pytest.approx(6.04e9, rel=0.01)
+    assert twenty_one["cache_bytes"]["latent"] == pytest.approx(0.44e9, rel=0.01)
+    assert twenty_one["cache_bytes"]["latent, int4"] == pytest.approx(21 * 1560 * 30 * 166)
+    for row in (seven, twenty_one):
+        flops = row["flops"]
+        assert flops["auto"] == min(flops["expand"], flops["absorbed"]) == flops["expand"]
+        # Fewer and smaller products make queries, keys and values; that is more than expanding costs.
+        assert flops["expand"] < flops["dense"] < flops["absorbed"]
+    assert twenty_one["streams"]["latent"] > 3 * twenty_one["streams"]["dense"]
+
+
+def test_buffers_take_what_is_counted() -> None:
+    for row in measured_allocation(32 << 20):
+        assert row["allocated_bytes"] == row["counted_bytes"] >= 32 << 20
+
+
+def test_proportions_are_the_papers() -> None:
+    wan = wan_dit()
+    assert LatentConfig.proportional(wan.width, wan.head_dim) == LatentConfig().replace(query_rank=None)
+
+
+def test_the_command_reports_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, out = write_model(tmp_path / "model.safetensors"), tmp_path / "report.json"
+    assert main(["bench", "latent", "--model-path", str(path), "--num-pairs", "3", "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert [row["window_frames"] for row in report["wan_1_3b"]] == [7, 12, 21, 63]
+    assert {bar["what"]: bar["met"] for bar in report["bars"]}["bytes a token and layer, int4"]
+    assert report["time"]["ratio_of_medians"] > 0
+    printed = capsys.readouterr().out
+    assert "by cache alone" in printed
+    assert str(out) in printed
