@@ -19,6 +19,7 @@ from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
+from longtake.history.slots import SlotHistory
 from longtake.models.dit import DiT, wan_dit
 from longtake.models.latent import LatentAttention, LatentConfig
 from longtake.ops.latent import LatentSizes
@@ -144,6 +145,32 @@ def test_paths_agree_beside_a_memory_with_gradients_through_commits(copies: int)
     for name, grad, same in zip(dict(networks[0].named_parameters()), grads, others, strict=True):
         torch.testing.assert_close(grad, same, atol=2e-4, rtol=2e-3, msg=lambda m, name=name: f"{name}: {m}")
         assert grad.any() or name == "memory.to_k.bias", name  # a constant of all memory keys alone
+
+
+@pytest.mark.parametrize("path", ["expand", "absorbed"])
+def test_a_memory_may_be_read_as_latents(path: Any) -> None:
+    """In both storages, with gradients through several evictions."""
+    memory = MEMORY.replace(read_as_latent=(8, 6))
+    network = small_dit(memory=memory, latent=LATENT.replace(path=path, kv_rank=8))
+    config = HistoryConfig(
+        window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6), policy=EvolvingConfig()
+    )
+    policy, spec = network.policy(config.policy, GRID), network.cache_spec()
+    pure, fixed = PureHistory(config, spec, GRID, policy), SlotHistory(config, spec, GRID, 1, policy=policy)
+    slot = fixed.join()
+    text = network.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8))
+    for x in torch.randn(6, 1, 2, 3, *GRID):
+        flow, entries = network(x, torch.zeros(1, 2), text, pure.view())
+        with torch.no_grad():
+            same, _ = network(x, torch.zeros(1, 2), text, fixed.view([slot]))
+            fixed.commit(entries.detach(), [slot])
+        pure = pure.commit(entries)
+        torch.testing.assert_close(flow, same, atol=2e-5, rtol=1e-4)
+    flow.square().sum().backward()
+    assert network.memory is not None
+    for name, parameter in network.memory.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
 
 
 def test_masks_hide_the_same_on_both_paths() -> None:
@@ -274,6 +301,12 @@ def test_dense_keys_stand_in_the_channels_of_an_original_head() -> None:
 def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_dit(memory=MEMORY, latent=LATENT.replace(**changes))
+
+
+def test_a_memory_read_as_latents_must_fit_them() -> None:
+    for latent in (None, LATENT, LATENT.replace(kv_rank=9)):
+        with pytest.raises(ConfigError, match=r"memory.read_as_latent=\(8, 6\) does not fit"):
+            small_dit(memory=MEMORY.replace(read_as_latent=(8, 6)), latent=latent)
 
 
 def test_without_a_memory_heads_may_have_any_channels() -> None:

@@ -119,6 +119,15 @@ class DiTConfig(Config):
                 f"of width {self.width} and {self.num_heads} heads",
                 "give both the same",
             )
+        if self.memory is not None and self.memory.read_as_latent is not None:
+            expected = None
+            if self.latent is not None and isinstance(self.latent.kv_rank, int):
+                expected = (self.latent.kv_rank, self.latent.rope_dim)
+            if self.memory.read_as_latent != expected:
+                raise ConfigError(
+                    f"memory.read_as_latent={self.memory.read_as_latent} does not fit latent={self.latent}",
+                    "use its kv_rank, which must be one for all layers, and its rope_dim; or null",
+                )
         if self.latent is not None:
             self.latent.ranks(self.num_layers)
             self.latent.selected(self.head_dim)
@@ -283,8 +292,11 @@ class DiT(nn.Module):
         spec, latent = self.cache_spec(), self.config.latent
         if latent is None:
             return config.make(Surroundings(spec, grid, self.memory))
-        sizes = (self.config.num_layers, self.config.num_heads, self.config.head_dim)
-        read_as = dense_layout(*sizes, rope=latent.dense_rope(self.config.head_dim))
+        if self.config.memory is not None and self.config.memory.read_as_latent is not None:
+            read_as = latent_layout(latent.ranks(self.config.num_layers), spec.rope)
+        else:
+            sizes = (self.config.num_layers, self.config.num_heads, self.config.head_dim)
+            read_as = dense_layout(*sizes, rope=latent.dense_rope(self.config.head_dim))
         return config.make(Surroundings(spec, grid, self.memory, read_as, self._dense))
 
     def cache_spec(self) -> CacheSpec:

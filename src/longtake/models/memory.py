@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from longtake.cache.latent import CONTENT, ROPE_KEY
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.models.layers import RMSNorm
@@ -32,6 +33,8 @@ class MemoryEncoderConfig(Config):
         ffn_ratio: width of the feed-forward over that of the DiT.
         gate_bias: of the gate before training; 2 keeps 88 % of the old state.
         normalize_keys: RMS norm of the keys that are read.
+        read_as_latent: sizes of the latent and of the rotary key that the memory is read as, where it is not
+            as per-head keys and values; those of the DiT's latent attention.
         eps: of all norms.
     """
 
@@ -44,6 +47,7 @@ class MemoryEncoderConfig(Config):
     ffn_ratio: int = Field(default=4, ge=1)
     gate_bias: float = 2.0
     normalize_keys: bool = False
+    read_as_latent: tuple[int, int] | None = None
     eps: float = Field(default=1e-6, gt=0)
 
     @model_validator(mode="after")
@@ -104,9 +108,15 @@ class MemoryEncoder(nn.Module):
         )
         self.gate_linear = nn.Linear(2 * width, width)
         nn.init.constant_(self.gate_linear.bias, config.gate_bias)
-        self.to_k = nn.Linear(width, width)
-        self.to_v = nn.Linear(width, width)
-        self.norm_k_out = RMSNorm(width, config.eps) if config.normalize_keys else nn.Identity()
+        if config.read_as_latent is None:
+            self.to_k = nn.Linear(width, width)
+            self.to_v = nn.Linear(width, width)
+            self.norm_k_out = RMSNorm(width, config.eps) if config.normalize_keys else nn.Identity()
+        else:
+            rank, rope_dim = config.read_as_latent
+            self.to_c = nn.Linear(width, rank)
+            self.norm_c = RMSNorm(rank, config.eps)
+            self.to_k_rope = nn.Linear(width, rope_dim)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -133,9 +143,12 @@ class MemoryEncoder(nn.Module):
         return updated_bmw
 
     def read(self, state_bmw: Tensor) -> dict[str, Tensor]:
-        """Un-rotated keys and values ``k`` and ``v`` ``[b, m, h, d]``, the same for every layer of the
-        DiT.
+        """Un-rotated keys and values ``k`` and ``v`` ``[b, m, h, d]``, the same for every layer of the DiT;
+        or latents ``c`` ``[b, m, rank]`` and ``k_rope`` ``[b, m, 1, rope_dim]``.
         """
+        if self.config.read_as_latent is not None:
+            key_bm1p = self.to_k_rope(state_bmw).unsqueeze(2)
+            return {CONTENT: self.norm_c(self.to_c(state_bmw)), ROPE_KEY: key_bm1p}
         heads = (self.config.num_heads, -1)
         keys = torch.unflatten(self.norm_k_out(self.to_k(state_bmw)), -1, heads)
         return {"k": keys, "v": torch.unflatten(self.to_v(state_bmw), -1, heads)}

@@ -154,7 +154,8 @@ class DiTCosts:
         if policy is None or memory is None:
             return 0.0, 0.0
         tokens, width = rows * memory.num_tokens, self.config.width
-        read = 4 * tokens * width**2 if self.memory_tokens(chunk) else 0.0
+        made = 2 * width if memory.read_as_latent is None else sum(memory.read_as_latent)
+        read = 2 * tokens * width * made if self.memory_tokens(chunk) else 0.0
         evicted = self._evicted_frames(chunk) * self.frame_tokens
         if evicted == 0 or policy.mode != "update":
             return read, 0.0
@@ -295,6 +296,8 @@ class DiTCosts:
         if not sizes:
             return tokens * 8 * width**2, 4 * tokens * (past + self.chunk_tokens + memory) * width
         assert config.latent is not None
+        if config.memory is not None and config.memory.read_as_latent is not None:
+            past, memory = past + round(memory), 0.0
         asked = config.num_heads * (sizes[0].nope_dim + sizes[0].rope_dim)
         rank = config.latent.query_rank
         queries = width * asked if rank is None else (width + asked) * rank
