@@ -270,6 +270,12 @@ def test_a_model_file_is_converted_and_streams(
     stream = Stream(model.pipeline, "a red circle", seed=1)
     frames = [next(stream) for _ in range(4)]
     assert len(frames) == 4
+    packed = tmp_path / "packed.safetensors"
+    assert convert(out, packed, "--storage", "int4", "--debias") == 0
+    stream = Stream(load_model(str(packed)).pipeline, "a red circle", seed=1)
+    close = [next(stream).frames for _ in range(4)][-1]
+    assert abs(close.astype(int) - frames[-1].frames.astype(int)).mean() < 20
+    capsys.readouterr()
     assert convert(out, tmp_path / "again.safetensors") == 2
     assert "latent already" in capsys.readouterr().err
     assert not (tmp_path / "again.safetensors").exists()

@@ -47,6 +47,7 @@ LAYOUTS = {"dense": None} | {
     f"{path} {storage}": LATENT.replace(path=path, storage=storage)
     for path, storage in (("expand", "full"), ("absorbed", "full"), ("expand", "int4"), ("absorbed", "fp8"))
 }
+LAYOUTS["absorbed int4"] = LATENT.replace(path="absorbed", storage="int4", debias=True)
 
 
 @pytest.mark.parametrize("name", POLICIES)

@@ -173,6 +173,45 @@ def test_a_memory_may_be_read_as_latents(path: Any) -> None:
         assert parameter.grad.any(), name
 
 
+def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None:
+    """From the words of the definition: sum over latents of q^2 step^2 / 24, in scaled scores."""
+    layers = {
+        (path, debias): attention(path=path, storage="int4", debias=debias, query_rank=None)
+        for path in ("expand", "absorbed")
+        for debias in (False, True)
+    }
+    layer = layers["expand", True]
+    spec = latent_layout((8,), layer.config.rope(HEAD), "int4")
+    with torch.no_grad():
+        past, own_x = torch.randn(1, 2 * TOKENS, WIDTH), torch.randn(1, TOKENS, WIDTH)
+        phases = frame_phases([(0.0, 1.0)], GRID, spec, "cpu")
+        _, entries = layer(past, HistoryView((), phases, 2, GRID), 0)
+        segment = Entries((entries,)).rotated(phases, spec)
+        view = HistoryView((segment,), frame_phases([(2.0,)], GRID, spec, "cpu"), 1, GRID)
+        outputs = {key: each(own_x, view, 0)[0] for key, each in layers.items()}
+        torch.testing.assert_close(outputs["expand", True], outputs["absorbed", True], atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(outputs["expand", True], outputs["expand", False], atol=1e-4)
+        q_rthn = layer.q_nope(own_x).unflatten(-1, (HEADS, -1))
+        asked = torch.einsum("rthn,hnc->rthc", q_rthn, layer.k_up.weight.unflatten(0, (HEADS, -1)))
+        asked = asked / math.sqrt(layer.config.nope_dim + layer.config.rope_dim)
+        step_k = entries["c_scale"].view(torch.float8_e4m3fn).float()[0, :, 0]
+        extra_htk = asked.square().sum(-1)[0].T[..., None] * step_k**2 / 24
+        keys, values = layers["expand", False]._expand(layers["expand", False]._numbers(segment.layers[0]))
+        q_rope = view.rotate(layer.q_rope(own_x).unflatten(-1, (HEADS, -1)))
+        own_k, own_v = layers["expand", False]._expand(
+            {
+                "c": layer.norm_kv(layer.kv_down(own_x)),
+                "k_rope": view.rotate(layer.k_rope(own_x).unsqueeze(2)),
+            }
+        )
+        k, v = torch.cat([keys, own_k], 1)[0], torch.cat([values, own_v], 1)[0]
+        q = torch.cat([q_rthn, q_rope], -1)[0]
+        scores = torch.einsum("thd,khd->htk", q, k) / math.sqrt(q.shape[-1])
+        scores[..., : 2 * TOKENS] -= extra_htk
+        expected = layer.o(torch.einsum("htk,khd->thd", scores.softmax(-1), v).flatten(1))
+    torch.testing.assert_close(outputs["expand", True][0], expected, atol=1e-5, rtol=1e-4)
+
+
 def test_masks_hide_the_same_on_both_paths() -> None:
     one, other = both_paths()
     x = torch.randn(2, 6, 3, *GRID)
@@ -294,6 +333,7 @@ def test_dense_keys_stand_in_the_channels_of_an_original_head() -> None:
         ({"rope_bands": (3, 1, 1)}, r"has \(2, 2, 2\) bands"),
         ({"rope_bands": ((1, 0), 1, 1)}, "nor ascending"),
         ({"rope_bands": (0, 0, 0)}, "leave no position"),
+        ({"debias": True}, "only int4 has errors"),
         ({"rope_bands": (-1, 1, 1)}, "nor ascending"),
         ({"nope_dim": 5}, "use nope_dim=6"),
     ],

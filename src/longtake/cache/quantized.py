@@ -55,8 +55,13 @@ def pack_int4(x_n: Tensor) -> tuple[Tensor, Tensor]:
 def unpack_int4(bytes_n: Tensor, scale_bytes_g: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`pack_int4`, ``[..., rank]``."""
     nibbles = torch.stack([bytes_n & 15, bytes_n >> 4], dim=-1).flatten(-2)[..., :rank]
-    scale_n = scale_bytes_g.view(_FP8).to(dtype).repeat_interleave(GROUP, dim=-1)[..., :rank]
+    scale_n = scales_of(scale_bytes_g, dtype).repeat_interleave(GROUP, dim=-1)[..., :rank]
     return (nibbles.to(dtype) - 8) * scale_n
+
+
+def scales_of(scale_bytes_g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The steps of groups packed by :func:`pack_int4`."""
+    return scale_bytes_g.view(_FP8).to(dtype)
 
 
 def rounded(x_n: Tensor, storage: Storage) -> Tensor:

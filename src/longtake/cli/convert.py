@@ -38,6 +38,9 @@ class Arguments(Config):
             left out.
         nope_dim: channels of a head without positions; all that do not turn if left out.
         rope_bands: bands that turn with time, row and column, as numbers of the highest ones.
+        storage: of latents in a cache: as they are, in 8 bits, or in 4. Of a model that is latent already
+            this alone is changed.
+        debias: with int4: take from scores what rounding adds to attention on average.
         num_tokens: of every layer that "covariance" is fitted to, and "svd" takes its scale from; 0 for none.
         num_chunks: generated for them.
         prompts: text file, one prompt per line; the world's captions if left out. For our own model files.
@@ -59,6 +62,8 @@ class Arguments(Config):
     query_rank: int | None = Field(None, ge=1)
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None
+    storage: Literal["full", "fp8", "int4"] = "full"
+    debias: bool = False
     num_tokens: int = Field(6144, ge=0)
     num_chunks: int = Field(6, ge=1)
     prompts: Path | None = None
@@ -71,15 +76,27 @@ class Arguments(Config):
 def run(arguments: Arguments) -> int:
     """Convert; returns the exit code."""
     from longtake.cli.evaluation import check_writable, config_of
-    from longtake.convert.files import ConvertConfig, convert_bundle, convert_weights, is_bundle, report_json
+    from longtake.convert.files import (
+        ConvertConfig,
+        convert_bundle,
+        convert_weights,
+        is_bundle,
+        report_json,
+        restore_bundle,
+    )
     from longtake.convert.report import draw, table
     from longtake.errors import PackageError
+    from longtake.stream.bundle import read_card
 
     if arguments.out.suffix != ".safetensors":
         raise UsageError(f"--out {str(arguments.out)!r} is no .safetensors file", "give it that suffix")
     check_writable(arguments.out.with_suffix(".json"))
     config = config_of(ConvertConfig, arguments)
     source = _source(arguments.source)
+    if is_bundle(source) and read_card(source).dit.latent is not None and arguments.storage != "full":
+        latent = restore_bundle(source, arguments.out, config).dit.latent
+        print(f"{arguments.out}: {latent}")
+        return 0
     if is_bundle(source):
         prompts = _captions(arguments.seed) if arguments.prompts is None else _lines(arguments.prompts)
         report = convert_bundle(source, arguments.out, config, prompts, _tell)

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from longtake.cache.quantized import Storage
 from longtake.config import Config
 from longtake.convert.calibrate import sample_tokens
 from longtake.convert.layer import Method
@@ -31,7 +32,7 @@ from longtake.models.dit import DiT, DiTConfig
 from longtake.models.latent import LatentConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
-from longtake.stream.bundle import METADATA_KEY, load_networks, save_model
+from longtake.stream.bundle import METADATA_KEY, ModelCard, load_networks, save_model
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
 WAN_HEAD_DIM = 128
@@ -52,6 +53,7 @@ class ConvertConfig(Config):
         query_rank: of the queries' latent; None makes queries from tokens directly.
         nope_dim: channels without positions; None keeps as many channels a head as there were.
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
+        storage, debias: see `LatentConfig`.
         num_tokens: that every layer is fitted to; 0 fits to none.
         num_chunks: generated for them.
         seed: of their noise, and of method "random".
@@ -65,6 +67,8 @@ class ConvertConfig(Config):
     query_rank: int | None = Field(default=None, ge=1)
     nope_dim: int | None = Field(default=None, ge=1)
     rope_bands: tuple[int | tuple[int, ...], int | tuple[int, ...], int | tuple[int, ...]] | None = None
+    storage: Storage = "full"
+    debias: bool = False
     num_tokens: int = Field(default=6144, ge=0)
     num_chunks: int = Field(default=6, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -97,7 +101,9 @@ class ConvertConfig(Config):
 
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
-        made = LatentConfig.proportional(dense.width, dense.head_dim).replace(query_rank=self.query_rank)
+        made = LatentConfig.proportional(dense.width, dense.head_dim).replace(
+            query_rank=self.query_rank, storage=self.storage, debias=self.debias
+        )
         if self.kv_rank is not None:
             made = made.replace(kv_rank=self.kv_rank)
         if self.rope_bands is not None:
@@ -160,6 +166,21 @@ def convert_bundle(
     named = card.replace(name=f"{card.name}-latent", dit=plan.config)
     save_model(out, named, {"vae": networks["vae"], "text": networks["text"], "dit": made})
     return report
+
+
+def restore_bundle(path: Path, out: Path, config: ConvertConfig) -> ModelCard:
+    """A model file that is latent already, with its latents kept otherwise; weights stay. Returns its card.
+
+    Raises:
+        CheckpointError: unreadable, not writable, or a dense model.
+    """
+    card, networks = load_networks(path)
+    if card.dit.latent is None:
+        raise CheckpointError(f"{path}: the model's attention is dense", "convert it first")
+    latent = card.dit.latent.replace(storage=config.storage, debias=config.debias)
+    changed = card.replace(dit=card.dit.replace(latent=latent))
+    save_model(out, changed, dict(networks.items()))
+    return changed
 
 
 def convert_weights(

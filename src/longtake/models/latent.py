@@ -15,7 +15,17 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from longtake.cache.latent import CONTENT, ROPE_KEY, SCALES
-from longtake.cache.quantized import Storage, pack_fp8, pack_int4, rounded, unpack_fp8, unpack_int4
+from longtake.cache.quantized import (
+    GROUP,
+    Storage,
+    num_groups,
+    pack_fp8,
+    pack_int4,
+    rounded,
+    scales_of,
+    unpack_fp8,
+    unpack_int4,
+)
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.history.base import QUERIES, HistoryView
@@ -45,6 +55,8 @@ class LatentConfig(Config):
             takes what costs fewer FLOPs.
         storage: of latents in a cache: as they are, as 8-bit floats, or in 4 bits with a scale for each 32
             (`cache.quantized`). A chunk's own latents, while it is made, are as they are.
+        debias: with int4, take from scores what rounding adds to attention on average: the exponential of a
+            score with an error is larger than without, by half the error's variance (arXiv 2605.26266).
     """
 
     kv_rank: int | tuple[int, ...] = 192
@@ -53,6 +65,7 @@ class LatentConfig(Config):
     rope_bands: tuple[Bands, Bands, Bands] = (6, 5, 5)
     path: Literal["auto", "expand", "absorbed"] = "auto"
     storage: Storage = "full"
+    debias: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> LatentConfig:
@@ -65,6 +78,11 @@ class LatentConfig(Config):
                     f"rope_bands={self.rope_bands} are no numbers of bands, nor ascending bands",
                     "use for instance [6, 5, 5] or [[0, 2, 3], [0, 1], [0, 1]]",
                 )
+        if self.debias and self.storage != "int4":
+            raise ConfigError(
+                f'debias=True with storage="{self.storage}": only int4 has errors of known size',
+                'set debias=False, or storage="int4"',
+            )
         if self.rope_dim == 0:
             raise ConfigError(f"rope_bands={self.rope_bands} leave no position", "use one band at least")
         return self
@@ -188,9 +206,11 @@ class LatentAttention(nn.Module):
         q_nope_rthn = torch.unflatten(self.q_nope(query_rtc), -1, (self.num_heads, -1))
         q_rope_rthp = torch.unflatten(self.q_rope(query_rtc), -1, (self.num_heads, -1))
         content_rtc, key_rt1p = self.norm_kv(self.kv_down(x_rtw)), self.k_rope(x_rtw).unsqueeze(2)
-        own = {CONTENT: content_rtc, ROPE_KEY: view.rotate(key_rt1p)}
         entries = {**self._stored(content_rtc), ROPE_KEY: key_rt1p}
+        own = self._numbers({CONTENT: content_rtc, ROPE_KEY: view.rotate(key_rt1p)})
         q_turned_rthp = view.rotate(q_rope_rthp)
+        if self.config.debias:
+            q_turned_rthp = torch.cat([q_turned_rthp, self._error_queries(q_nope_rthn)], dim=-1)
         path = self.path(x_rtw.shape[:2], view, layer)
         read = self._expanded if path == "expand" else self._absorbed
         out_rtw = self.o(read(q_nope_rthn, q_turned_rthp, own, view, layer))
@@ -214,13 +234,13 @@ class LatentAttention(nn.Module):
         """Keys and values ``[b, t, h, d]`` of entries; channels of the keys as in an original head where
         they are as many, else those without positions first.
         """
-        keys, values = self._expand(parts)
+        keys, values = self._expand({CONTENT: self._content(parts), ROPE_KEY: parts[ROPE_KEY]})
         still, turning = torch.split(keys, [self.config.nope_dim, self.config.rope_dim], dim=-1)
         return self._in_head_order(torch.cat([still, _turned(turning, self.turns)], dim=-1)), values
 
     def _expand(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
-        content_btc = self._content(parts)
+        content_btc = parts[CONTENT]
         rope_bthp = parts[ROPE_KEY].expand(-1, -1, self.num_heads, -1)
         # Keys first: what is left over when they are joined is gone before there are values.
         keys = torch.cat([self._heads(self.k_up(content_btc)), rope_bthp], dim=-1)
@@ -248,6 +268,33 @@ class LatentAttention(nn.Module):
             return unpack_int4(content, parts[SCALES], self.sizes.kv_rank, dtype)
         return unpack_fp8(content, dtype)
 
+    def _numbers(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Latents and keys that calculations take. With `debias` the squared step of each group of packed
+        latents stands in further channels of the key, to which `_error_queries` are the queries.
+        """
+        content, key = self._content(parts), parts[ROPE_KEY]
+        if self.config.debias:
+            steps = content.new_zeros(*content.shape[:2], num_groups(self.sizes.kv_rank))
+            if SCALES in parts:
+                steps = scales_of(parts[SCALES], content.dtype).square()
+            key = torch.cat([key, steps.unsqueeze(2).type_as(key)], dim=-1)
+        return {CONTENT: content, ROPE_KEY: key}
+
+    def _error_queries(self, q_nope_rthn: Tensor) -> Tensor:
+        """Of every group of latents what its squared step adds to scores, half the variance of an even
+        rounding error, with the sign that takes it away; ``[r, t, h, groups]``.
+        """
+        k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
+        asked_rthc = torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc).square()
+        rank = self.sizes.kv_rank
+        padded = nn.functional.pad(asked_rthc, (0, num_groups(rank) * GROUP - rank))
+        by_group = torch.unflatten(padded, -1, (-1, GROUP)).sum(-1)
+        return -self._scale / 24 * by_group
+
+    @property
+    def _scale(self) -> float:
+        return float((self.config.nope_dim + self.config.rope_dim) ** -0.5)
+
     def _expanded(
         self,
         q_nope_rthn: Tensor,
@@ -258,10 +305,10 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Keys and values of all tokens, then attention as ever."""
         past = view.past(layer)
-        latent = [parts for parts in past if CONTENT in parts]
+        latent = [self._numbers(parts) for parts in past if CONTENT in parts]
         dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
         if view.copies == 1:  # join what is small, then expand
-            content_rkc = view.joined([self._content(parts) for parts in latent], own[CONTENT])
+            content_rkc = view.joined([parts[CONTENT] for parts in latent], own[CONTENT])
             key_rk1p = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY])
             k_rkhd, v_rkhd = self._expand({CONTENT: content_rkc, ROPE_KEY: key_rk1p})
         else:
@@ -271,6 +318,8 @@ class LatentAttention(nn.Module):
             k_rkhd = view.joined([keys for keys, _ in dense], k_rkhd)
             v_rkhd = view.joined([values for _, values in dense], v_rkhd)
         q_rthd = torch.cat([q_nope_rthn, q_rope_rthp], dim=-1)
+        if self.config.debias:  # attention scales by the channels that it gets
+            q_rthd = q_rthd * (self._scale * q_rthd.shape[-1] ** 0.5)
         return attention(q_rthd, k_rkhd, v_rkhd, view.mask(layer))
 
     def _absorbed(
@@ -283,16 +332,15 @@ class LatentAttention(nn.Module):
     ) -> Tensor:
         """Attention in the latent space, see `ops.latent`."""
         past = view.past(layer)
-        latent = [parts for parts in past if CONTENT in parts]
+        latent = [self._numbers(parts) for parts in past if CONTENT in parts]
         dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
         assert all(CONTENT in parts for parts in past[len(dense) :]), "latents come last"
-        content_rkc = view.joined([self._content(parts) for parts in latent], own[CONTENT])
+        content_rkc = view.joined([parts[CONTENT] for parts in latent], own[CONTENT])
         rope_rkp = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY]).squeeze(2)
         k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
         k_bias_hn = torch.unflatten(self.k_up.bias, 0, (self.num_heads, -1))
         v_up_hdc = torch.unflatten(self.v_up.weight, 0, (self.num_heads, -1))
         v_bias_hd = torch.unflatten(self.v_up.bias, 0, (self.num_heads, -1))
-        scale = (self.config.nope_dim + self.config.rope_dim) ** -0.5
         other = None
         if dense:
             q_rthd = torch.cat([q_nope_rthn, q_rope_rthp], dim=-1)
@@ -304,8 +352,8 @@ class LatentAttention(nn.Module):
             torch.cat([torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc), q_rope_rthp], dim=-1),
             torch.cat([content_rkc, rope_rkp], dim=-1),
             content_rkc,
-            scale,
-            (q_nope_rthn * k_bias_hn).sum(-1, keepdim=True) * scale,
+            self._scale,
+            (q_nope_rthn * k_bias_hn).sum(-1, keepdim=True) * self._scale,
             other,
             view.mask(layer),
         )
@@ -320,7 +368,10 @@ class LatentAttention(nn.Module):
         still, turning = torch.split(
             parts["k"][..., self._order], [self.config.nope_dim, self.config.rope_dim], dim=-1
         )
-        return torch.cat([still, _turned(turning, _inverse(self.turns))], dim=-1), parts["v"]
+        keys = torch.cat([still, _turned(turning, _inverse(self.turns))], dim=-1)
+        if self.config.debias:
+            keys = nn.functional.pad(keys, (0, num_groups(self.sizes.kv_rank)))
+        return keys, parts["v"]
 
     def _in_head_order(self, keys_bthd: Tensor) -> Tensor:
         if not self.config.splits(self.head_dim):
