@@ -108,7 +108,7 @@ def test_one_head_at_one_place_is_what_it_was() -> None:
     config = LatentConfig(kv_rank=24, query_rank=24, nope_dim=18, rope_bands=(1, 1, 1))
     dense = DenseLayer.of(weights, 0, 1, 1e-6)
     made = convert_layer(dense, config, 24, Tokens.sampled(samples), "covariance")
-    assert made.rope_error == pytest.approx(0, abs=1e-9)
+    assert made.rope_error == pytest.approx(0, abs=1e-4)
     layer = LatentAttention(WIDTH, 1, 1e-6, config, 24)
     layer.load_state_dict(made.weights)
     spec = latent_layout((24,), config.rope(WIDTH))
@@ -276,6 +276,10 @@ def test_a_model_file_is_converted_and_streams(
     close = [next(stream).frames for _ in range(4)][-1]
     assert abs(close.astype(int) - frames[-1].frames.astype(int)).mean() < 20
     capsys.readouterr()
+    assert convert(packed, tmp_path / "back.safetensors") == 0
+    assert load_model(str(tmp_path / "back.safetensors")).pipeline.digest == model.pipeline.digest
+    assert convert(out, tmp_path / "again.safetensors", "--kv-rank", "3", "--storage", "fp8") == 2
+    assert "not --kv-rank" in capsys.readouterr().err
     assert convert(out, tmp_path / "again.safetensors") == 2
     assert "latent already" in capsys.readouterr().err
     assert not (tmp_path / "again.safetensors").exists()
@@ -324,7 +328,29 @@ def test_wrong_use_is_told_and_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
     save_file({name: tensor.contiguous() for name, tensor in small_dit().state_dict().items()}, weights)
     assert main(["convert", str(weights), "--out", str(out)]) == 2
     assert "give the number of heads" in capsys.readouterr().err
-    assert not out.exists()
+    state = small_dit(width=32, num_heads=2).state_dict()
+    odd = {
+        "half a model": {name: tensor for name, tensor in state.items() if not name.startswith("head.")},
+        "no numbers": {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()},
+        "ours": {**state, "pooled_text.weight": torch.zeros(32, 32)},
+    }
+    for (name, tensors), words in zip(odd.items(), ("lacks head", "float8", "do not say how"), strict=True):
+        save_file(
+            {key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors"
+        )
+        few = ["--num-heads", "2", "--num-tokens", "0", "--method", "svd"]
+        assert main(["convert", str(tmp_path / f"{name}.safetensors"), "--out", str(out), *few]) == 2
+        assert words in capsys.readouterr().err
+    save_file(state, weights)
+    for more, words in (
+        (["--latent-size", "0", "3"], "is no size"),
+        (["--prompts", "x"], "not used for bare weights"),
+        (["--num-tokens", "0"], "nothing to be fitted to"),
+    ):
+        assert main(["convert", str(weights), "--out", str(out), "--num-heads", "2", *more]) == 2
+        assert words in capsys.readouterr().err
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"dense.safetensors", "bare.safetensors", *(f"{name}.safetensors" for name in odd)}
 
 
 def test_files_written_tensor_by_tensor_are_safetensors(tmp_path: Path) -> None:

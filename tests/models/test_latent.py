@@ -19,10 +19,13 @@ from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
+from longtake.history.retention import MostAttendedConfig
 from longtake.history.slots import SlotHistory
 from longtake.models.dit import DiT, wan_dit
 from longtake.models.latent import LatentAttention, LatentConfig
 from longtake.ops.latent import LatentSizes
+from longtake.stream.state import PromptSwitch
+from longtake.train.walk import Walk
 from tiny_parts import GRID, LATENT, MEMORY, small_dit
 
 HEADS, WIDTH, HEAD = 2, 24, 12
@@ -210,6 +213,77 @@ def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None
         scores[..., : 2 * TOKENS] -= extra_htk
         expected = layer.o(torch.einsum("htk,khd->thd", scores.softmax(-1), v).flatten(1))
     torch.testing.assert_close(outputs["expand", True][0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
+    """One network written down twice, the second time with a key of other turns and sizes: heads, memories
+    and policies see the same.
+    """
+    one = small_dit(memory=MEMORY, latent=LATENT)
+    other = small_dit(memory=MEMORY, latent=LATENT)
+    other.load_state_dict(one.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    for block in other.blocks:
+        layer = block.self_attn
+        assert isinstance(layer, LatentAttention)
+        stretch_p2 = torch.randn(LATENT.rope_dim // 2, 2, generator=generator) + 0.5
+        as_complex = torch.view_as_complex(stretch_p2)
+        with torch.no_grad():
+            for name, factor in (("k_rope", as_complex), ("q_rope", (1 / as_complex).conj())):
+                linear = getattr(layer, name)
+                for tensor in (linear.weight, linear.bias):
+                    rows = tensor.reshape(-1, len(as_complex), 2, *tensor.shape[1:]).movedim(2, -1)
+                    factors = factor.view(1, -1, *(1,) * (tensor.dim() - 1))
+                    turned = torch.view_as_real(torch.view_as_complex(rows.contiguous()) * factors)
+                    tensor.copy_(turned.movedim(-1, 2).reshape(tensor.shape))
+            layer.turns.copy_(torch.view_as_real(1 / as_complex).expand_as(layer.turns))
+    config = HistoryConfig(
+        window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6), policy=EvolvingConfig()
+    )
+    for policy in (EvolvingConfig(), MostAttendedConfig(num_frames=2, unit="token")):
+        outputs = []
+        for network in (one, other):
+            used = network.policy(policy, GRID)
+            history = PureHistory(config.replace(policy=policy), network.cache_spec(), GRID, used)
+            text = network.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8))
+            with torch.no_grad():
+                for seed in range(6):
+                    x = torch.randn(1, 2, 3, *GRID, generator=torch.Generator().manual_seed(seed))
+                    flow, entries = network(x, torch.zeros(1, 2), text, history.view())
+                    history = history.commit(entries)
+            outputs.append(flow)
+        torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int4"])
+def test_training_reads_the_numbers_that_serving_unpacks(storage: Any) -> None:
+    """Also where some chunks are committed without gradients, or some rows' prompts switch."""
+    network = small_dit(memory=MEMORY, latent=LATENT.replace(storage=storage, debias=storage == "int4"))
+    config = HistoryConfig(
+        window_frames=7, sink_frames=2, chunk_frames=2, positions=Relative(f_max=8), policy=EvolvingConfig()
+    )
+    text = network.encode_text(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)))
+    policy, spec = network.policy(config.policy, GRID), network.cache_spec()
+    packed = PureHistory(config, spec, GRID, policy)
+    walk = Walk(network, config, text, 2, *GRID)
+    for chunk, x in enumerate(torch.randn(6, 2, 2, 3, *GRID, generator=torch.Generator().manual_seed(2))):
+        with torch.no_grad():
+            _, entries = network(x, torch.zeros(2, 2), text, packed.view())
+            packed = packed.commit(entries)
+        if chunk % 2:
+            walk.commit(x, learns=False)
+        else:
+            clean = walk.advance(x, torch.ones(2) * 1e-9, x)
+            assert clean.requires_grad
+    sigma = torch.full((2,), 0.5)
+    with torch.no_grad():
+        served, _ = network(x, 1000 * sigma[:, None].expand(2, 2), text, packed.view())
+    learned = walk.predict(x, sigma)
+    torch.testing.assert_close(learned, x - 0.5 * served, atol=2e-5, rtol=1e-4)
+    walk.switch(text, PromptSwitch(text="", memory="keep"), rows=[0])
+    walk.predict(x, sigma).square().sum().backward()
+    assert network.memory is not None
+    assert network.memory.query_init.grad is not None
 
 
 def test_masks_hide_the_same_on_both_paths() -> None:

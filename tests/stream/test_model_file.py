@@ -30,7 +30,7 @@ def test_encoder_and_blocks_take_a_byte_a_weight_and_everything_else_two(tmp_pat
     again = tmp_path / "again.safetensors"
     save_model(again, card, dict(networks.items()))
     for name, tensor in load_networks(again)[1].state_dict().items():
-        torch.testing.assert_close(tensor, networks.state_dict()[name], atol=1e-7, rtol=2e-3)
+        assert torch.equal(tensor, networks.state_dict()[name]), name  # stored twice is stored once
 
 
 @given(
@@ -50,6 +50,10 @@ def test_a_weight_is_off_by_half_a_step_at_most(
     assert bool((step > 0).all())
     assert bool(((back[name] - weight).abs() <= 0.5001 * step).all())
     assert bool((step.flatten() <= weight.abs().flatten(1).amax(1) / 127 * 1.002 + 1.3e-7).all())
+    again = _packed(name, back[name])
+    if not bool((step >= 2.0**-14).all()):
+        return  # scales that half precision holds with few bits may move
+    assert all(torch.equal(again[key], tensor) for key, tensor in stored.items())
 
 
 def test_a_lost_or_wrong_scale_is_told(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ WINDOWS: Final = (7, 12, 21, 63)
 STORAGES: Final[tuple[Storage, ...]] = ("full", "fp8", "int4")
 MAX_BYTES: Final = 166
 MAX_TIME_RATIO: Final = 1.05
+MAX_OFF: Final = 0.01
 NUM_PASSES: Final = 5
 WAN_DECODER_STATE_BYTES: Final = 1.9e9
 """Of Wan's streaming autoencoder at 480x832 in bf16: 0.94 G numbers, kept for every stream."""
@@ -64,7 +65,8 @@ def counted_window(window_frames: int, device_bytes: float) -> dict[str, Any]:
     }
     for name, config in networks.items():
         flops[name] = NUM_PASSES * DiTCosts(config, history, *WAN_LATENT).forward(1, chunk).flops
-    frame_tokens = WAN_LATENT[0] // 2 * (WAN_LATENT[1] // 2)
+    _, rows, columns = WAN_1_3B.patch_size
+    frame_tokens = WAN_LATENT[0] // rows * (WAN_LATENT[1] // columns)
     tokens = window_frames * frame_tokens
     with torch.device("meta"):
         per_token = {"dense": DiT(WAN_1_3B).cache_spec().bytes_per_token(torch.bfloat16)}
@@ -110,7 +112,7 @@ def measured_allocation(num_bytes: int) -> list[dict[str, Any]]:
                 "resident_bytes": None if before is None or after is None else after - before,
             }
         )
-        del buffers
+        del buffers, tensor
     return rows
 
 
@@ -137,7 +139,7 @@ def run_latent_bench(config: LatentBenchConfig, pipeline: Pipeline, model: str, 
     tell(f"time: {config.num_pairs} pairs")
     own = pipeline.dit.config.latent
     latent = pipeline if own is not None else as_latent(pipeline)
-    plain = pipeline.dit.config.replace(latent=None)
+    plain = pipeline.dit.config.dense()
     dense = pipeline
     if own is not None:
         torch.manual_seed(0)
@@ -167,7 +169,10 @@ def run_latent_bench(config: LatentBenchConfig, pipeline: Pipeline, model: str, 
 def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What is required, what was measured, and whether it suffices."""
     by_storage = {row["storage"]: row for row in report["allocated"]}
-    off = max(abs(row["allocated_bytes"] / row["counted_bytes"] - 1) for row in report["allocated"])
+    found = [row["resident_bytes"] or row["allocated_bytes"] for row in report["allocated"]]
+    off = max(
+        abs(size / row["counted_bytes"] - 1) for size, row in zip(found, report["allocated"], strict=True)
+    )
     ratio = report["time"]["ratio_of_medians"]
     packed = by_storage["int4"]["bytes_per_token_and_layer"]
     plain = by_storage["full"]["bytes_per_token_and_layer"]
@@ -184,7 +189,12 @@ def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
             "required": f"<= {MAX_BYTES}",
             "met": packed <= MAX_BYTES,
         },
-        {"what": "allocated over counted, off by", "measured": off, "required": "= 0", "met": off == 0},
+        {
+            "what": "resident memory over counted bytes, off by",
+            "measured": off,
+            "required": f"<= {MAX_OFF}",
+            "met": off <= MAX_OFF,
+        },
         {
             "what": "latent over dense, time of a chunk's latents",
             "measured": ratio,

@@ -93,6 +93,7 @@ class Entries:
         """Join along tokens."""
         if len(pieces) == 1:
             return pieces[0]
+        assert len({_kinds(piece) for piece in pieces}) == 1, "bytes beside numbers"
         return Entries(
             tuple(
                 {name: torch.cat([layer[name] for layer in layers], dim=1) for name in layers[0]}
@@ -182,12 +183,18 @@ class Buffers:
             new = entries.layers[i]
             for name in layer.keys() & new.keys():
                 part = layer[name]
+                assert part.is_floating_point() == new[name].is_floating_point(), "bytes beside numbers"
                 _blocks(part, start, block_tokens)[slots_i, blocks_i] = new[name].to(part.dtype)
 
     def clear(self, slot: int) -> None:
         """Zero one slot."""
         for part in self.named_tensors().values():
             part[slot].zero_()
+
+
+def _kinds(entries: Entries) -> tuple[tuple[str, bool], ...]:
+    first = next((layer for layer in entries.layers if layer), {})
+    return tuple((name, part.is_floating_point()) for name, part in sorted(first.items()))
 
 
 def _blocks(part_sc: Tensor, start: int, block_tokens: int) -> Tensor:

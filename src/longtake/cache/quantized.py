@@ -14,7 +14,6 @@ Storage = Literal["full", "fp8", "int4"]
 
 GROUP = 32
 """Numbers that share a scale in int4."""
-SCALE_BYTES = 1
 _FP8 = torch.float8_e4m3fn
 _LARGEST_INT4 = 7
 _LEAST_SCALE = 2.0**-9  # the smallest that the scale's own type holds

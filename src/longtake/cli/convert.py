@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -75,7 +76,7 @@ class Arguments(Config):
 
 def run(arguments: Arguments) -> int:
     """Convert; returns the exit code."""
-    from longtake.cli.evaluation import check_writable, config_of
+    from longtake.cli.evaluation import config_of
     from longtake.convert.files import (
         ConvertConfig,
         convert_bundle,
@@ -90,14 +91,27 @@ def run(arguments: Arguments) -> int:
 
     if arguments.out.suffix != ".safetensors":
         raise UsageError(f"--out {str(arguments.out)!r} is no .safetensors file", "give it that suffix")
-    check_writable(arguments.out.with_suffix(".json"))
+    _check_folder(arguments.out)
     config = config_of(ConvertConfig, arguments)
     source = _source(arguments.source)
-    if is_bundle(source) and read_card(source).dit.latent is not None and arguments.storage != "full":
+    bundle = is_bundle(source)
+    _check_used(arguments, bundle)
+    if bundle and read_card(source).dit.latent is not None:
+        others = [
+            name
+            for name in config.model_fields_set - {"storage", "debias"}
+            if getattr(config, name) != type(config).model_fields[name].default
+        ]
+        if others:
+            raise UsageError(
+                f"{arguments.source} is latent already, which leaves --storage and --debias to change, not "
+                f"--{others[0].replace('_', '-')}",
+                "give a dense model",
+            )
         latent = restore_bundle(source, arguments.out, config).dit.latent
         print(f"{arguments.out}: {latent}")
         return 0
-    if is_bundle(source):
+    if bundle:
         prompts = _captions(arguments.seed) if arguments.prompts is None else _lines(arguments.prompts)
         report = convert_bundle(source, arguments.out, config, prompts, _tell)
     else:
@@ -117,6 +131,30 @@ def run(arguments: Arguments) -> int:
         print(f"no picture: {error}", file=sys.stderr)
     print(f"{arguments.out}; report: {report_path}")
     return 0
+
+
+def _check_folder(path: Path) -> None:
+    """Refuse now what could not be written later; nothing is left behind."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write {str(path)!r}: {error.strerror}", "give another --out") from error
+    if not os.access(path.parent, os.W_OK) or path.is_dir():
+        raise UsageError(f"cannot write {str(path)!r}", "give another --out")
+
+
+def _check_used(arguments: Arguments, bundle: bool) -> None:
+    """Refuse options that the source makes no use of, and sizes that are none."""
+    idle = ("num_heads", "embeddings") if bundle else ("prompts",)
+    for name in idle:
+        if getattr(arguments, name) is not None:
+            kind = "one of our model files" if bundle else "bare weights"
+            raise UsageError(
+                f"--{name.replace('_', '-')} is not used for {kind}",
+                "leave it out, see `longtake convert --help`",
+            )
+    if min(arguments.latent_size) < 1:
+        raise UsageError(f"--latent-size {arguments.latent_size} is no size", "use 1 or more")
 
 
 def _source(name_or_path: str) -> Path:
@@ -157,8 +195,9 @@ def _captions(seed: int) -> list[str]:
 def _lines(path: Path) -> list[str]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error:
-        raise UsageError(f"cannot read {str(path)!r}: {error.strerror}", "give a text file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UsageError(f"cannot read {str(path)!r}: {reason}", "give a text file") from error
     if not lines:
         raise UsageError(f"{str(path)!r} holds no prompt", "write one per line")
     return lines

@@ -69,7 +69,7 @@ def sample_tokens(
         steps: of the sampler.
         latent_shape: channels, height, width.
         num_chunks: of every stream.
-        num_tokens: kept of every layer, or a few more.
+        num_tokens: kept of every layer: a few more, or fewer where passes do not have their share.
         seed: of noise and choice.
     """
     sampler = TokenSampler(dit, num_tokens, num_chunks * (len(steps.timesteps) + 1), seed)

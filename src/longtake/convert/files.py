@@ -23,6 +23,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.errors import CheckpointError, ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.io.checkpoints import (
+    STORED_TYPES,
     load_into,
     read_safetensors,
     read_weights,
@@ -37,6 +38,15 @@ from longtake.stream.pipeline import Pipeline, StreamConfig
 
 WAN_HEAD_DIM = 128
 WAN_TEXT_LENGTH = 512
+_NEEDED = (
+    "patch_embedding.weight",
+    "text_embedding.0.weight",
+    "time_embedding.0.weight",
+    "blocks.0.self_attn.q.weight",
+    "blocks.0.ffn.0.weight",
+    "head.head.weight",
+)
+_OURS = ("pooled_text.", "spatial_embedding.", "frame_embedding.", "memory.")
 DIT_KEY = "longtake dit"
 """Metadata of a file of bare weights: its `DiTConfig`."""
 
@@ -72,6 +82,15 @@ class ConvertConfig(Config):
     num_tokens: int = Field(default=6144, ge=0)
     num_chunks: int = Field(default=6, ge=1)
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> ConvertConfig:
+        if self.method == "covariance" and self.num_tokens == 0:
+            raise ConfigError(
+                'method="covariance" with num_tokens=0 has nothing to be fitted to',
+                'use "svd", or more tokens',
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_way_to_ranks(self) -> ConvertConfig:
@@ -162,6 +181,7 @@ def convert_bundle(
     state = dit.state_dict()
     plan, weights, report = _converted(plan, state, samples, config, str(path), progress)
     made = DiT(plan.config)
+    _check_policy(made, card.stream, networks)
     load_into(made, {name: t for name, t in state.items() if not is_replaced(name)} | weights, "conversion")
     named = card.replace(name=f"{card.name}-latent", dit=plan.config)
     save_model(out, named, {"vae": networks["vae"], "text": networks["text"], "dit": made})
@@ -178,7 +198,13 @@ def restore_bundle(path: Path, out: Path, config: ConvertConfig) -> ModelCard:
     if card.dit.latent is None:
         raise CheckpointError(f"{path}: the model's attention is dense", "convert it first")
     latent = card.dit.latent.replace(storage=config.storage, debias=config.debias)
+    if latent == card.dit.latent:
+        raise CheckpointError(
+            f"{path}: the model's attention is latent already, and kept so",
+            "give a dense model, or another storage",
+        )
     changed = card.replace(dit=card.dit.replace(latent=latent))
+    _check_policy(DiT(changed.dit), card.stream, networks)
     save_model(out, changed, dict(networks.items()))
     return changed
 
@@ -205,6 +231,11 @@ def convert_weights(
         CheckpointError: unreadable, or not writable. ConfigError: sizes that do not fit.
     """
     state = read_weights(path)
+    strange = sorted({str(tensor.dtype) for tensor in state.values()} - {str(kind) for kind in STORED_TYPES})
+    if strange:
+        raise CheckpointError(
+            f"{path} holds numbers of type {', '.join(strange)}", "give weights in bf16, fp16 or fp32"
+        )
     dense = dit_config_of(state, num_heads, str(path))
     plan = Plan(dense, config.latent(dense), config.method, config.seed)
     samples = None
@@ -255,6 +286,17 @@ def dit_config_of(state: Mapping[str, Tensor], num_heads: int | None, source: st
     """
     if any(name.startswith("blocks.0.self_attn.kv_down") for name in state):
         raise CheckpointError(f"{source}: the model's attention is latent already", "give a dense model")
+    missing = [name for name in _NEEDED if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {', '.join(missing)}", "give a whole model, its shards joined in one file"
+        )
+    ours = [name for name in state if name.startswith(_OURS)]
+    if ours:
+        raise CheckpointError(
+            f"{source} holds {ours[0]!r}, and bare weights do not say how it is used",
+            "give the model file that they are from",
+        )
     blocks = {int(name.split(".")[1]) for name in state if name.startswith("blocks.")}
     if not blocks or blocks != set(range(len(blocks))):
         raise CheckpointError(f"{source} lacks some of its blocks", "fetch it again")
@@ -283,6 +325,14 @@ def dit_config_of(state: Mapping[str, Tensor], num_heads: int | None, source: st
     )
 
 
+def _check_policy(dit: DiT, stream: StreamConfig, networks: nn.ModuleDict) -> None:
+    """Refuse what no stream of the new model could be opened with."""
+    vae = networks["vae"]
+    assert isinstance(vae, TinyVAE)
+    stride = vae.config.spatial_stride
+    dit.policy(stream.history.policy, dit.token_grid(stream.height // stride, stream.width // stride))
+
+
 def _converted(
     plan: Plan,
     state: Mapping[str, Tensor],
@@ -291,6 +341,11 @@ def _converted(
     source: str,
     progress: Progress,
 ) -> tuple[Plan, dict[str, Tensor], ConversionReport]:
+    if samples is not None and len(samples[0]) < 2 * plan.dense.width:
+        progress(
+            f"only {len(samples[0])} tokens for {plan.dense.width} channels: what is fitted to so few may "
+            "not hold for others; generate more chunks"
+        )
     plan, predicted = config.chosen(plan, state, samples)
     weights: dict[str, Tensor] = {}
     rows: list[LayerReport] = []
@@ -369,7 +424,7 @@ def read_embeddings(path: Path, width: int) -> Tensor:
     """
     tensors, _ = read_safetensors(path)
     found = tensors.get("embeddings")
-    if found is None or found.dim() != 3 or found.shape[2] != width:
+    if found is None or found.dim() != 3 or found.shape[2] != width or 0 in found.shape:
         shape = None if found is None else tuple(found.shape)
         raise CheckpointError(
             f"{path}: 'embeddings' is {shape}, not [prompts, tokens, {width}]",

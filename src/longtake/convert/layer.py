@@ -24,7 +24,7 @@ Method = Literal["svd", "covariance", "random"]
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """What a rank can hold of a layer's stacked keys (without positions) and values.
+    """What a rank can hold of a layer's stacked matrices of keys and values.
 
     Args:
         energies: squared singular values, largest first, as shares of their sum.
@@ -48,9 +48,10 @@ class Converted:
 
     Args:
         weights: of a `LatentAttention`.
-        dense, latent: spectra of the dense matrices and of the product that replaces them.
-        kv_error, q_error, rope_error: shares of the variance lost by keys and values, by queries, and by
-            keys that all heads share, over sampled tokens; None without samples.
+        dense, latent: spectra of the dense matrices, keys with their norm's gain, and of the product that
+            makes values and the keys without positions.
+        kv_error, q_error, rope_error: shares of the variance lost by keys and values (as errors matter), by
+            queries, and by keys with positions, which all heads share, over sampled tokens; None without.
     """
 
     weights: dict[str, Tensor]
@@ -106,7 +107,7 @@ def convert_layer(
     weights["norm_kv.weight"] = gain
     return Converted(
         {name: tensor.float() for name, tensor in weights.items()},
-        LayerSpectrum.of(parts.content.weight),
+        LayerSpectrum.of(torch.cat([_with_gain(dense.k, dense.k_gain).weight, dense.v.weight])),
         LayerSpectrum.of((up.weight * gain) @ down.weight),
         None if method == "random" else factors.error,
         q_error,
@@ -162,7 +163,7 @@ class _Parts:
             nope = self._nope_samples(query_nhd)
             self.wanted_query = self._sharpness * torch.cat([nope.flatten(1), turned.flatten(1)], dim=1)
         self.metric = self._metric(value_moment_hdd)
-        self.rope_error = self._rope_error(turns_hp)
+        self.rope_error = None if samples is None else self._rope_error(samples)
 
     def _nope(self, maps: list[Linear]) -> list[Linear]:
         """Of every head the channels that do not turn, zeros where there are more than it had."""
@@ -256,16 +257,15 @@ class _Parts:
         floor = 1e-3 * metric.diagonal().mean()
         return metric.diagonal_scatter(metric.diagonal() + floor)
 
-    def _rope_error(self, turns_hp: Tensor) -> float | None:
-        """Share of the turning keys that one key for all heads does not hold."""
-        if self._key_nhd is None:
-            return None
+    def _rope_error(self, samples_nw: Tensor) -> float:
+        """Share of the variance of heads' turning keys that the shared one, turned, does not hold."""
+        assert self._key_nhd is not None
         pairs = torch.unflatten(self._key_nhd[..., list(self.turning)], -1, (-1, 2))
         key_nhp = torch.view_as_complex(pairs.contiguous())
-        norm_p = turns_hp.abs().square().sum(0)
-        shared_np = (key_nhp * turns_hp.conj()).sum(1) / norm_p
-        lost = (key_nhp - shared_np[:, None] * turns_hp).abs().square().sum()
-        return float(lost / key_nhp.abs().square().sum())
+        shared = torch.unflatten(self.shared_key(samples_nw.double()), -1, (-1, 2))
+        shared_n1p = torch.view_as_complex(shared.contiguous()).unsqueeze(1)
+        lost = (key_nhp - shared_n1p * self.turns_hp).abs().square().sum()
+        return float(lost / (key_nhp - key_nhp.mean(0)).abs().square().sum().clamp_min(1e-30))
 
 
 def _queries(
@@ -310,6 +310,12 @@ def _joined(*groups: list[Linear]) -> Linear:
 def _pair_maps(rows: Tensor, pairs: Tensor) -> Tensor:
     """Rows of pairs of channels as complex rows, ``[p, ...]``."""
     return torch.complex(rows[pairs[:, 0]], rows[pairs[:, 1]])
+
+
+def _with_gain(linear: Linear, gain: Tensor | None) -> Linear:
+    if gain is None:
+        return linear
+    return Linear(linear.weight * gain[:, None], linear.bias * gain)
 
 
 def _normed_at_typical_size(linear: Linear, gain: Tensor | None, tokens: Tokens) -> Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -55,10 +55,7 @@ class Plan:
 
 
 def convert_layers(
-    plan: Plan,
-    weights: Mapping[str, Tensor],
-    samples: Sequence[Tensor] | None,
-    progress: Callable[[int], None] | None = None,
+    plan: Plan, weights: Mapping[str, Tensor], samples: Sequence[Tensor] | None
 ) -> Iterator[tuple[int, Converted]]:
     """Every layer with its conversion, one at a time.
 
@@ -66,7 +63,6 @@ def convert_layers(
         plan: what to make.
         weights: of the dense network, under our names; only self-attention is read, when its turn comes.
         samples: of every layer the tokens that enter it, ``[n, w]``; None for method "svd".
-        progress: called with the number of layers done.
 
     Raises:
         ConfigError: no samples for a method that needs them.
@@ -78,8 +74,6 @@ def convert_layers(
         attention = DenseLayer.of(weights, layer, dense.num_heads, dense.eps)
         tokens = _tokens(plan, None if samples is None else samples[layer])
         made = convert_layer(attention, plan.latent, rank, tokens, plan.method, plan.seed + layer)
-        if progress is not None:
-            progress(layer + 1)
         yield layer, made
 
 

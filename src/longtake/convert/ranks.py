@@ -72,12 +72,12 @@ def ranks_for_loss(
     Args:
         energies: of every layer, largest first.
         max_loss: the share, below 1.
-        multiple: ranks are multiples of this.
+        multiple: ranks are multiples of this, or all there is.
     """
     ranks = []
     for of_layer in energies:
-        rank = multiple
-        while rank + multiple <= len(of_layer) and lost(of_layer, rank) > max_loss:
-            rank += multiple
+        rank = min(multiple, len(of_layer))
+        while rank < len(of_layer) and lost(of_layer, rank) > max_loss:
+            rank = min(rank + multiple, len(of_layer))
         ranks.append(rank)
     return tuple(ranks)

@@ -15,8 +15,8 @@ class LayerReport(Config):
 
     Attributes:
         layer: its index. ``kv_rank``: of its latent.
-        dense_ranks: how many singular values of the stacked keys (without positions) and values hold 90, 95
-            and 99 % of their energy.
+        dense_ranks: how many singular values of the stacked matrices of keys and values hold 90, 95 and 99 %
+            of their energy.
         energy: share of it that the first `kv_rank` of them hold.
         latent_ranks: as `dense_ranks`, of the product that replaces them.
         dense_energies, latent_energies: cumulated shares.
@@ -106,7 +106,7 @@ def draw(report: ConversionReport, path: Path) -> None:
         for panel, energies in zip(axes, (row.dense_energies, row.latent_energies), strict=True):
             panel.plot(range(1, len(energies) + 1), energies, color=colour, linewidth=1)
         axes[0].plot([row.kv_rank], [row.energy], "o", color=colour, markersize=3)
-    titles = ("dense keys (without positions) and values", "the product that replaces them")
+    titles = ("dense matrices of keys and values", "product that makes values and keys without positions")
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("rank")

@@ -106,6 +106,8 @@ class HistoryView:
         is_fresh: False once a commit has overwritten what this view shows.
         later: makes the view of a chunk's passes after its first one; None where they read the same.
         wants_queries: entries shall have the tokens' un-rotated queries too, as part `QUERIES`.
+        packs: entries shall be as buffers keep them; else as numbers, rounded alike, for training, whose
+            gradients flow through numbers alone.
     """
 
     segments: tuple[Entries, ...]
@@ -117,6 +119,7 @@ class HistoryView:
     is_fresh: Callable[[], bool] | None = None
     later: Callable[[], HistoryView] | None = None
     wants_queries: bool = False
+    packs: bool = True
 
     def check_fresh(self) -> None:
         """Raise HistoryError where a commit has overwritten this view (host integers only, no sync)."""
@@ -230,12 +233,14 @@ class Reencoding:
         spec: CacheSpec,
         grid: tuple[int, int],
         device: torch.device | str,
+        *,
+        packs: bool = True,
     ) -> HistoryView:
         """What the frames read, beside themselves these segments whole."""
         past_tokens = sum(segment.num_tokens for segment in segments)
         mask_tk = F.pad(self.mask_tt, (past_tokens, 0), value=True).to(device)
         phases = frame_phases([self.own_ids], grid, spec, device)
-        return HistoryView(segments, phases, len(self.frames), grid, mask_tk)
+        return HistoryView(segments, phases, len(self.frames), grid, mask_tk, packs=packs)
 
 
 def plan_reencoding(

@@ -61,6 +61,7 @@ class PureHistory:
         grid: tokens per frame as (rows, columns), from ``dit.token_grid(height, width)``.
         policy: what becomes of evicted frames; see `DiT.policy` for the config's.
         device: where views are made for.
+        packs: see `HistoryView`; False for training.
         sink, local, next_frame, num_evicted, state: the content; leave at their defaults for an empty
             history.
         before: the memory as the last commit found it, with the frames evicted until then.
@@ -72,6 +73,7 @@ class PureHistory:
     grid: tuple[int, int]
     policy: Policy = field(default_factory=WindowPolicy)
     device: torch.device | str = "cpu"
+    packs: bool = True
     sink: tuple[Piece, ...] = ()
     local: tuple[Piece, ...] = ()
     next_frame: int = 0
@@ -148,6 +150,7 @@ class PureHistory:
             num_frames,
             self.grid,
             wants_queries=self.policy.needs_queries,
+            packs=self.packs,
         )
 
     def commit(self, entries: Entries) -> PureHistory:
@@ -209,7 +212,7 @@ class PureHistory:
         if plan.sink_ids:
             raw = Entries.cat([piece.raw for piece in self.sink])
             segments = (raw.rotated(self._phases(plan.sink_ids), self.spec),)
-        return plan.frames, plan.view(segments, self.spec, self.grid, self.device)
+        return plan.frames, plan.view(segments, self.spec, self.grid, self.device, packs=self.packs)
 
     def rewrite(
         self, entries: Entries, frames: Sequence[int], rows: Sequence[int] | None = None

@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -100,7 +101,7 @@ TABLES: dict[Format, tuple[tuple[str, str], ...]] = {"own": OWN, "wan": WAN, "di
 WRAPPERS = ("generator_ema", "generator", "model", "state_dict")
 """Dictionary keys that training code puts around a model's weights, the preferred first."""
 
-_STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 """Names of types in a safetensors header."""
 
 _NAME_NOISE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
@@ -189,7 +190,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state: Mapping[str, object] = load_file(path)
         elif path.suffix in (".pt", ".pth", ".ckpt"):
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            mapped = zipfile.is_zipfile(path)  # files of old versions of torch cannot be mapped
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         else:
             raise CheckpointError(f"{source} has an unknown suffix", "use .safetensors, .pt or .pth")
     except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
@@ -271,7 +273,7 @@ def write_safetensors_by_one(
     for name, (shape, dtype) in shapes.items():
         end = offset + prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _STORED_TYPES[dtype],
+            "dtype": STORED_TYPES[dtype],
             "shape": list(shape),
             "data_offsets": [offset, end],
         }

@@ -145,6 +145,11 @@ class DiTConfig(Config):
         """Channels per head."""
         return self.width // self.num_heads
 
+    def dense(self) -> DiTConfig:
+        """The same network with per-head keys and values."""
+        memory = None if self.memory is None else self.memory.replace(read_as_latent=None)
+        return self.replace(latent=None, memory=memory)
+
     def has_cross_attention(self, layer: int) -> bool:
         """Whether a layer attends to the prompt."""
         return self.cross_attention_layers == "all" or layer in self.cross_attention_layers

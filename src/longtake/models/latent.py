@@ -193,9 +193,7 @@ class LatentAttention(nn.Module):
         self.v_up = nn.Linear(kv_rank, width)
         self.o = nn.Linear(width, width)
         still, turning = config.channels(self.head_dim)
-        # Channels of an original head in the order of `_expand`.
-        self.register_buffer("_order", torch.tensor([*still, *turning]), persistent=False)
-        self._order: Tensor
+        self._channels = (*still, *turning)  # of an original head, in the order of `_expand`
         ones_hp2 = torch.tensor([1.0, 0.0]).expand(num_heads, config.rope_dim // 2, 2)
         self.register_buffer("turns", ones_hp2.clone())
         self.turns: Tensor
@@ -206,7 +204,7 @@ class LatentAttention(nn.Module):
         q_nope_rthn = torch.unflatten(self.q_nope(query_rtc), -1, (self.num_heads, -1))
         q_rope_rthp = torch.unflatten(self.q_rope(query_rtc), -1, (self.num_heads, -1))
         content_rtc, key_rt1p = self.norm_kv(self.kv_down(x_rtw)), self.k_rope(x_rtw).unsqueeze(2)
-        entries = {**self._stored(content_rtc), ROPE_KEY: key_rt1p}
+        entries = {**self._stored(content_rtc, view.packs), ROPE_KEY: key_rt1p}
         own = self._numbers({CONTENT: content_rtc, ROPE_KEY: view.rotate(key_rt1p)})
         q_turned_rthp = view.rotate(q_rope_rthp)
         if self.config.debias:
@@ -246,17 +244,15 @@ class LatentAttention(nn.Module):
         keys = torch.cat([self._heads(self.k_up(content_btc)), rope_bthp], dim=-1)
         return keys, self._heads(self.v_up(content_btc))
 
-    def _stored(self, content_rtc: Tensor) -> dict[str, Tensor]:
-        """Latents as a cache keeps them; where gradients flow, as numbers that were rounded so."""
+    def _stored(self, content_rtc: Tensor, packs: bool) -> dict[str, Tensor]:
+        """Latents as a cache keeps them, or as numbers that were rounded so."""
         storage = self.config.storage
         if storage == "full":
             return {CONTENT: content_rtc}
-        if torch.is_grad_enabled() and content_rtc.requires_grad:
-            return {CONTENT: rounded(content_rtc, storage)}
         if storage == "fp8":
-            return {CONTENT: pack_fp8(content_rtc)}
+            return {CONTENT: pack_fp8(content_rtc) if packs else rounded(content_rtc, storage)}
         packed, scales = pack_int4(content_rtc)
-        return {CONTENT: packed, SCALES: scales}
+        return {CONTENT: packed if packs else rounded(content_rtc, storage), SCALES: scales}
 
     def _content(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Latents of entries, however they are kept."""
@@ -366,7 +362,7 @@ class LatentAttention(nn.Module):
     def _of_head(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Dense keys, turned by their positions already, as queries here ask for them, and values."""
         still, turning = torch.split(
-            parts["k"][..., self._order], [self.config.nope_dim, self.config.rope_dim], dim=-1
+            parts["k"][..., self._order()], [self.config.nope_dim, self.config.rope_dim], dim=-1
         )
         keys = torch.cat([still, _turned(turning, _inverse(self.turns))], dim=-1)
         if self.config.debias:
@@ -376,7 +372,10 @@ class LatentAttention(nn.Module):
     def _in_head_order(self, keys_bthd: Tensor) -> Tensor:
         if not self.config.splits(self.head_dim):
             return keys_bthd
-        return keys_bthd[..., self._order.argsort()]
+        return keys_bthd[..., self._order().argsort()]
+
+    def _order(self) -> Tensor:
+        return torch.tensor(self._channels, device=self.k_up.weight.device)
 
 
 def _turned(x_bthp: Tensor, turns_hp2: Tensor) -> Tensor:

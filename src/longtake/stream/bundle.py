@@ -153,8 +153,11 @@ def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if not any(name.startswith(prefix) and tensor.dim() == dims for prefix, dims in _AS_INT8.items()):
         return {name: tensor.half().contiguous()}
     largest = tensor.abs().flatten(1).amax(1)
-    # Rounded up to half precision, so that nothing exceeds 127, and above 0, so that zeros divide.
-    scale = torch.nextafter((largest / 127).half(), torch.tensor(torch.inf, dtype=torch.half))
+    # Above 0, so that zeros divide, and rounded up where otherwise something would exceed 127. What was
+    # stored so before comes out the same.
+    scale = (largest / 127).half().clamp_min(2.0**-24)
+    larger = torch.nextafter(scale, torch.tensor(torch.inf, dtype=torch.half))
+    scale = torch.where(largest / scale.float() > 127.49, larger, scale)
     rounded = (tensor / _along_rows(scale, tensor)).round().to(torch.int8)
     return {name: rounded.contiguous(), name + _SCALE: scale}
 

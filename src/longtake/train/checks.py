@@ -10,8 +10,10 @@ import torch
 from longtake.errors import ConfigError
 from longtake.history.base import check_ids_fit
 from longtake.history.evolving import EvolvingConfig
+from longtake.history.policy import PolicyConfig
 from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.models.dit import DiT
+from longtake.models.latent import LatentConfig
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.fit import check_multiple
 from longtake.train.latents import LatentCacheConfig
@@ -93,7 +95,8 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
     _check_sizes(recipe, stages)
     _check_networks(recipe)
     _check_memory(recipe, stages)
-    _check_storage(recipe, stages)
+    if any(stage in stages for stage in (*_WALKING, "dmd")):
+        check_storage(recipe.dit_model.latent, recipe.stream.history.policy)
     if "layers" in stages and (recipe.dit_model.latent is None or recipe.parent is None):
         raise ConfigError(
             f"stage layers teaches latent attention what a dense parent answers, but dit_model.latent="
@@ -148,10 +151,13 @@ def _check_memory(recipe: Recipe, stages: Collection[str]) -> None:
         )
 
 
-def _check_storage(recipe: Recipe, stages: Collection[str]) -> None:
-    latent, policy = recipe.dit_model.latent, recipe.stream.history.policy
-    trains = [stage for stage in (*_WALKING, "dmd") if stage in stages]
-    if latent is not None and latent.storage != "full" and trains and isinstance(policy, KeptConfig):
+def check_storage(latent: LatentConfig | None, policy: PolicyConfig) -> None:
+    """Refuse packed latents beside policies that training cannot give bytes to.
+
+    Raises:
+        ConfigError: both are there.
+    """
+    if latent is not None and latent.storage != "full" and isinstance(policy, KeptConfig):
         raise ConfigError(
             f'latent.storage="{latent.storage}" is learned with as rounded numbers, which the policy '
             f'"{policy.kind}" cannot keep as bytes',

@@ -24,6 +24,7 @@ from longtake.io.checkpoints import (
 )
 from longtake.models.dit import DiT, DiTConfig
 from longtake.stream.pipeline import StreamConfig
+from longtake.train.checks import check_storage
 from longtake.train.costs import DiTCosts
 from longtake.train.dit import TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask, dmd_optimizers, score_history
@@ -130,6 +131,7 @@ class DistillationRecipe(Config):
             check_multiple(
                 "stream", self.stream.height, self.stream.width, unit, f"a token's place in {name}"
             )
+        check_storage(ours.latent, self.stream.history.policy)
         plan = self.plan("dmd", machine)
         if "dmd" in stages and plan is not None:
             check_fits(self, "dmd", plan, machine)

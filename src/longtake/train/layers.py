@@ -47,7 +47,8 @@ class LayersTask:
     """The stage's module, optimiser, loss and evaluation (see `train.loop.Task`).
 
     Args:
-        module: with the latent network; of it self-attention alone learns.
+        module: with the latent network; of it self-attention alone learns, and alone is left requiring
+            gradients.
         parent: with the dense one.
         history: window, sink, chunk and positions.
         config: the stage.
@@ -70,7 +71,8 @@ class LayersTask:
         self._dit, self._parent, self._history = module.dit, parent, history
         self.config, self.held_out = config, held_out
         self._first_clips, self._clips = first_clips, clips
-        self.module: nn.Module = nn.ModuleList(attention_of(self._dit))
+        module.requires_grad_(False)  # so that nothing else collects gradients meanwhile
+        self.module: nn.Module = nn.ModuleList(attention_of(self._dit)).requires_grad_(True)
         self.optimizer = layers_optimizer(self.module, config)
         self.learners = {"": Learner(self.module, self.optimizer, self.loss)}
 
@@ -183,6 +185,5 @@ def _watched(dit: DiT) -> Iterator[list[tuple[Tensor, Tensor]]]:
 
 def _empty(dit: DiT, history: HistoryConfig, latents_bfchw: Tensor) -> PureHistory:
     grid = dit.token_grid(*latents_bfchw.shape[-2:])
-    return PureHistory(
-        history, dit.cache_spec(), grid, dit.policy(history.policy, grid), latents_bfchw.device
-    )
+    policy, device = dit.policy(history.policy, grid), latents_bfchw.device
+    return PureHistory(history, dit.cache_spec(), grid, policy, device, packs=False)

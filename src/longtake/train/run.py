@@ -161,6 +161,8 @@ def train(
         TrainingError: a stage does not fit into memory, its predecessor is missing, or the loss diverged.
     """
     recipe.check(stages or recipe.stages, this_machine(recipe.device, memory_gb))
+    if "layers" in (stages or recipe.stages):
+        _parent(recipe)  # refused now rather than after other stages
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
     actions: dict[str, Callable[[], dict[str, float]]] = {
@@ -250,7 +252,9 @@ def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, 
     encoding = {name: t for name, t in vae.state_dict().items() if not name.startswith("decoder.")}
     digest = weights_digest(encoding)
     caches = {"held_out": recipe.held_out}
-    walking = (recipe.layers, recipe.first, recipe.windows, recipe.trajectory)
+    walking: list[ClipsPerStep] = [recipe.first, recipe.windows, recipe.trajectory]
+    if recipe.parent is not None:
+        walking.append(recipe.layers)
     cached = [stage for stage in walking if not stage.fresh_clips]
     if any(stage.num_first_clips > 0 for stage in cached):
         caches["first_latents"] = recipe.first_latents
@@ -281,9 +285,20 @@ def _train_dit(
 
 
 def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
+    clips = _load_clips(recipe, networks, out, recipe.layers)
+    task = LayersTask(networks.text_to_latents, _parent(recipe), recipe.stream.history, recipe.layers, *clips)
+    figures = run(task, recipe.layers.loop, out / "layers", seconds)
+    networks.text_to_latents.requires_grad_(True)
+    if STOPPED_EARLY not in figures:
+        networks.keep("layers", networks.text_to_latents)
+    return figures
+
+
+def _parent(recipe: Recipe) -> TextToLatents:
+    """The dense model that latent layers learn from. Raises ConfigError where it is of other sizes."""
     assert recipe.parent is not None, "checked before"
     card, found = load_networks(resolve_model(recipe.parent))
-    if card.dit != recipe.dit_model.replace(latent=None) or card.text != recipe.text_model:
+    if card.dit != recipe.dit_model.dense() or card.text != recipe.text_model:
         raise ConfigError(
             f"parent={recipe.parent!r} is of other sizes than the recipe's networks",
             "give the dense model that was converted",
@@ -291,13 +306,7 @@ def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float
     text, dit = found["text"], found["dit"]
     assert isinstance(text, TinyTextEncoder)
     assert isinstance(dit, DiT)
-    parent = TextToLatents(text, dit).requires_grad_(False)
-    clips = _load_clips(recipe, networks, out, recipe.layers)
-    task = LayersTask(networks.text_to_latents, parent, recipe.stream.history, recipe.layers, *clips)
-    figures = run(task, recipe.layers.loop, out / "layers", seconds)
-    if STOPPED_EARLY not in figures:
-        networks.keep("layers", networks.text_to_latents)
-    return figures
+    return TextToLatents(text, dit).requires_grad_(False)
 
 
 def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> RecallSource | None:

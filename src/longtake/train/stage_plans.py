@@ -137,7 +137,7 @@ def plan_layers(
 ) -> StagePlan:
     """Of layer-wise distillation."""
     arithmetic = machine.arithmetic(config.loop.precision)
-    dense = replace(sizes, dit=sizes.dit.replace(latent=None))
+    dense = replace(sizes, dit=sizes.dit.dense())
     parents, costs = dense.costs(arithmetic), sizes.costs(arithmetic)
     parent, layers = Cost(), Cost()
     for count, num_chunks in config.walks:

@@ -61,6 +61,7 @@ class Walk:
             grid=grid,
             policy=dit.policy(history.policy, grid),
             device=dit.patch_embedding.weight.device,
+            packs=False,
         )
 
     def predict(
