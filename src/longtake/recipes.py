@@ -295,6 +295,27 @@ def wan_1_3b_dmd() -> DistillationRecipe:
     )
 
 
+def wan_1_3b_latent_dmd() -> DistillationRecipe:
+    """Wan2.1-T2V-1.3B with latent attention, the last of VideoMLA's three stages by its published settings,
+    which leave the number of steps open. Generator and critic start from what `longtake convert
+    --query-rank 768` made of a causal few-step model.
+    """
+    dense = wan_1_3b_dmd()
+    converted = "models/wan-1.3b-latent.safetensors"
+    return dense.replace(
+        name="wan-1.3b-latent-dmd",
+        dit_model=dense.dit_model.replace(latent=LatentConfig()),
+        stream=dense.stream.replace(
+            history=HistoryConfig(window_frames=7, sink_frames=1, chunk_frames=3, positions=Relative(f_max=6))
+        ),
+        generator=converted,
+        critic=converted,
+        dmd=dense.dmd.replace(
+            loop=dense.dmd.loop.replace(num_steps=2500, accumulation_steps=128, ema_from_step=0)
+        ),
+    )
+
+
 AnyRecipe = Recipe | DistillationRecipe
 
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
@@ -302,6 +323,7 @@ RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     "tiny-128": tiny_128,
     "tiny-latent": tiny_latent,
     "wan-1.3b-dmd": wan_1_3b_dmd,
+    "wan-1.3b-latent-dmd": wan_1_3b_latent_dmd,
 }
 
 
