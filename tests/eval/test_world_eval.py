@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from faulty_sources import FaultySource
+from longtake.errors import PackageError
 from longtake.eval import runner
 from longtake.eval.diversity import SPREADS
 from longtake.eval.errors import EvalError
@@ -206,7 +207,7 @@ def test_a_run_leaves_summary_report_and_sheets(tmp_path: Path) -> None:
 def test_a_missing_matplotlib_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     source = FaultySource("none")
-    with pytest.raises(EvalError, match=r"longtake\[eval\]"):
+    with pytest.raises(PackageError, match=r"longtake\[eval\]"):
         run_world_eval(CONFIG, source, (), tmp_path)
     assert source.generated == 0
 

@@ -69,7 +69,7 @@ def run_interactive(
         progress: Called with a source's name and its (finished, all) streams after every batch.
 
     Raises:
-        EvalError: `out` holds records of another test, or matplotlib (extra `eval`) is missing.
+        EvalError: `out` holds records of another test. PackageError: matplotlib (extra `eval`) is missing.
     """
     pyplot()  # a missing package is told before the work, not after
     records = {source.name: _records(config, source, out, progress) for source in sources}

@@ -253,8 +253,8 @@ def run_recall(
         progress: Called with a source's name and its (finished, all) streams after every batch.
 
     Raises:
-        EvalError: `out` holds records of another test, sources whose chunks differ, or matplotlib (extra
-            `eval`) is missing.
+        EvalError: `out` holds records of another test, or sources whose chunks differ. PackageError:
+            matplotlib (extra `eval`) is missing.
     """
     pyplot()  # a missing package is told before the work, not after
     chunking = sources[0].chunking

@@ -27,7 +27,7 @@ def write_report(summary: Summary, out: Path, sheets: dict[str, Path]) -> None:
         sheets: Contact sheets by source name, lying in `out`; shown in the HTML.
 
     Raises:
-        EvalError: matplotlib is not installed.
+        PackageError: matplotlib is not installed.
     """
     _draw(summary, out / PNG_NAME)
     (out / HTML_NAME).write_text(_page(summary, sheets), encoding="utf-8")

@@ -46,8 +46,8 @@ def run_world_eval(
         The summary, or None while other shards are missing.
 
     Raises:
-        EvalError: `out` holds records of another evaluation, `against` none to compare with, or matplotlib
-            (extra `eval`) is missing.
+        EvalError: `out` holds records of another evaluation, or `against` none to compare with.
+            PackageError: matplotlib (extra `eval`) is missing.
     """
     pyplot()  # a missing package is told before hours of work, not after
     other = None if against is None else _other(config, subject, against)

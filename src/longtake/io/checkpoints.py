@@ -30,7 +30,6 @@ _ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k")
 
 _LATENT_ATTENTION = (
     "q_down",
-    "norm_q",
     "q_nope",
     "q_rope",
     "kv_down",
