@@ -201,12 +201,13 @@ def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None
         extra_htk = asked.square().sum(-1)[0].T[..., None] * step_k**2 / 24
         keys, values = layers["expand", False]._expand(layers["expand", False]._numbers(segment.layers[0]))
         q_rope = view.rotate(layer.q_rope(own_x).unflatten(-1, (HEADS, -1)))
-        own_k, own_v = layers["expand", False]._expand(
+        own_latents = layers["expand", False]._numbers(
             {
                 "c": layer.norm_kv(layer.kv_down(own_x)),
                 "k_rope": view.rotate(layer.k_rope(own_x).unsqueeze(2)),
             }
         )
+        own_k, own_v = layers["expand", False]._expand(own_latents)
         k, v = torch.cat([keys, own_k], 1)[0], torch.cat([values, own_v], 1)[0]
         q = torch.cat([q_rthn, q_rope], -1)[0]
         scores = torch.einsum("thd,khd->htk", q, k) / math.sqrt(q.shape[-1])

@@ -7,8 +7,8 @@ channels with positions, d head dim.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -192,8 +192,7 @@ class LatentAttention(nn.Module):
         self.k_up = nn.Linear(kv_rank, num_heads * config.nope_dim)
         self.v_up = nn.Linear(kv_rank, width)
         self.o = nn.Linear(width, width)
-        still, turning = config.channels(self.head_dim)
-        self._channels = (*still, *turning)  # of an original head, in the order of `_expand`
+        self._channels = config.channels(self.head_dim)  # of an original head, in the order of `_expand`
         ones_hp2 = torch.tensor([1.0, 0.0]).expand(num_heads, config.rope_dim // 2, 2)
         self.register_buffer("turns", ones_hp2.clone())
         self.turns: Tensor
@@ -206,16 +205,15 @@ class LatentAttention(nn.Module):
         content_rtc, key_rt1p = self.norm_kv(self.kv_down(x_rtw)), self.k_rope(x_rtw).unsqueeze(2)
         entries = {**self._stored(content_rtc, view.packs), ROPE_KEY: key_rt1p}
         own = self._numbers({CONTENT: content_rtc, ROPE_KEY: view.rotate(key_rt1p)})
-        q_turned_rthp = view.rotate(q_rope_rthp)
+        asked = [q_nope_rthn, view.rotate(q_rope_rthp)]
         if self.config.debias:
-            q_turned_rthp = torch.cat([q_turned_rthp, self._error_queries(q_nope_rthn)], dim=-1)
-        path = self.path(x_rtw.shape[:2], view, layer)
-        read = self._expanded if path == "expand" else self._absorbed
-        out_rtw = self.o(read(q_nope_rthn, q_turned_rthp, own, view, layer))
+            asked.append(self._error_queries(q_nope_rthn))
+        read = self._expanded if self.path(x_rtw.shape[:2], view, layer) == "expand" else self._absorbed
+        out_rtw = self.o(read(torch.cat(asked, dim=-1), own, self._past(view, layer), view, layer))
         if view.wants_queries:
             q_rope_rthp = _turned(q_rope_rthp, _inverse(self.turns, conjugate=True))
-            asked = self._in_head_order(torch.cat([q_nope_rthn, q_rope_rthp], dim=-1))
-            return out_rtw, entries | {QUERIES: asked}
+            queries = self._in_head_order(torch.cat([q_nope_rthn, q_rope_rthp], dim=-1))
+            return out_rtw, entries | {QUERIES: queries}
         return out_rtw, entries
 
     def path(self, shape_rt: tuple[int, ...], view: HistoryView, layer: int) -> LatentPath:
@@ -232,17 +230,16 @@ class LatentAttention(nn.Module):
         """Keys and values ``[b, t, h, d]`` of entries; channels of the keys as in an original head where
         they are as many, else those without positions first.
         """
-        keys, values = self._expand({CONTENT: self._content(parts), ROPE_KEY: parts[ROPE_KEY]})
+        keys, values = self._expand(_Latents(self._content(parts), parts[ROPE_KEY]))
         still, turning = torch.split(keys, [self.config.nope_dim, self.config.rope_dim], dim=-1)
         return self._in_head_order(torch.cat([still, _turned(turning, self.turns)], dim=-1)), values
 
-    def _expand(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def _expand(self, latents: _Latents) -> tuple[Tensor, Tensor]:
         """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
-        content_btc = parts[CONTENT]
-        rope_bthp = parts[ROPE_KEY].expand(-1, -1, self.num_heads, -1)
+        rope_bthp = latents.rope_key.expand(-1, -1, self.num_heads, -1)
         # Keys first: what is left over when they are joined is gone before there are values.
-        keys = torch.cat([self._heads(self.k_up(content_btc)), rope_bthp], dim=-1)
-        return keys, self._heads(self.v_up(content_btc))
+        keys = torch.cat([self._heads(self.k_up(latents.content)), rope_bthp], dim=-1)
+        return keys, self._heads(self.v_up(latents.content))
 
     def _stored(self, content_rtc: Tensor, packs: bool) -> dict[str, Tensor]:
         """Latents as a cache keeps them, or as numbers that were rounded so."""
@@ -264,7 +261,7 @@ class LatentAttention(nn.Module):
             return unpack_int4(content, parts[SCALES], self.sizes.kv_rank, dtype)
         return unpack_fp8(content, dtype)
 
-    def _numbers(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _numbers(self, parts: Mapping[str, Tensor]) -> _Latents:
         """Latents and keys that calculations take. With `debias` the squared step of each group of packed
         latents stands in further channels of the key, to which `_error_queries` are the queries.
         """
@@ -274,14 +271,13 @@ class LatentAttention(nn.Module):
             if SCALES in parts:
                 steps = scales_of(parts[SCALES], content.dtype).square()
             key = torch.cat([key, steps.unsqueeze(2).type_as(key)], dim=-1)
-        return {CONTENT: content, ROPE_KEY: key}
+        return _Latents(content, key)
 
     def _error_queries(self, q_nope_rthn: Tensor) -> Tensor:
         """Of every group of latents what its squared step adds to scores, half the variance of an even
         rounding error, with the sign that takes it away; ``[r, t, h, groups]``.
         """
-        k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
-        asked_rthc = torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc).square()
+        asked_rthc = self._asked_of_latents(q_nope_rthn).square()
         rank = self.sizes.kv_rank
         padded = nn.functional.pad(asked_rthc, (0, num_groups(rank) * GROUP - rank))
         by_group = torch.unflatten(padded, -1, (-1, GROUP)).sum(-1)
@@ -291,63 +287,46 @@ class LatentAttention(nn.Module):
     def _scale(self) -> float:
         return float((self.config.nope_dim + self.config.rope_dim) ** -0.5)
 
-    def _expanded(
-        self,
-        q_nope_rthn: Tensor,
-        q_rope_rthp: Tensor,
-        own: Mapping[str, Tensor],
-        view: HistoryView,
-        layer: int,
-    ) -> Tensor:
-        """Keys and values of all tokens, then attention as ever."""
+    def _past(self, view: HistoryView, layer: int) -> _Past:
+        """What the layer reads, as numbers; dense segments come first."""
         past = view.past(layer)
-        latent = [self._numbers(parts) for parts in past if CONTENT in parts]
         dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
+        assert all(CONTENT in parts for parts in past[len(dense) :]), "latents come last"
+        return _Past(dense, [self._numbers(parts) for parts in past[len(dense) :]])
+
+    def _expanded(self, q_rthd: Tensor, own: _Latents, past: _Past, view: HistoryView, layer: int) -> Tensor:
+        """Keys and values of all tokens, then attention as ever."""
         if view.copies == 1:  # join what is small, then expand
-            content_rkc = view.joined([parts[CONTENT] for parts in latent], own[CONTENT])
-            key_rk1p = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY])
-            k_rkhd, v_rkhd = self._expand({CONTENT: content_rkc, ROPE_KEY: key_rk1p})
+            others = past.dense
+            k_rkhd, v_rkhd = self._expand(_joined(view, past.latents, own))
         else:
+            others = [*past.dense, *(self._expand(latents) for latents in past.latents)]
             k_rkhd, v_rkhd = self._expand(own)
-            dense += [self._expand(parts) for parts in latent]
-        if dense:
-            k_rkhd = view.joined([keys for keys, _ in dense], k_rkhd)
-            v_rkhd = view.joined([values for _, values in dense], v_rkhd)
-        q_rthd = torch.cat([q_nope_rthn, q_rope_rthp], dim=-1)
+        if others:
+            k_rkhd = view.joined([keys for keys, _ in others], k_rkhd)
+            v_rkhd = view.joined([values for _, values in others], v_rkhd)
         if self.config.debias:  # attention scales by the channels that it gets
             q_rthd = q_rthd * (self._scale * q_rthd.shape[-1] ** 0.5)
         return attention(q_rthd, k_rkhd, v_rkhd, view.mask(layer))
 
-    def _absorbed(
-        self,
-        q_nope_rthn: Tensor,
-        q_rope_rthp: Tensor,
-        own: Mapping[str, Tensor],
-        view: HistoryView,
-        layer: int,
-    ) -> Tensor:
+    def _absorbed(self, q_rthd: Tensor, own: _Latents, past: _Past, view: HistoryView, layer: int) -> Tensor:
         """Attention in the latent space, see `ops.latent`."""
-        past = view.past(layer)
-        latent = [self._numbers(parts) for parts in past if CONTENT in parts]
-        dense = [self._of_head(parts) for parts in past if CONTENT not in parts]
-        assert all(CONTENT in parts for parts in past[len(dense) :]), "latents come last"
-        content_rkc = view.joined([parts[CONTENT] for parts in latent], own[CONTENT])
-        rope_rkp = view.joined([parts[ROPE_KEY] for parts in latent], own[ROPE_KEY]).squeeze(2)
-        k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
+        latents = _joined(view, past.latents, own)
+        q_nope_rthn, q_rope_rthp = q_rthd.tensor_split([self.config.nope_dim], dim=-1)
         k_bias_hn = torch.unflatten(self.k_up.bias, 0, (self.num_heads, -1))
         v_up_hdc = torch.unflatten(self.v_up.weight, 0, (self.num_heads, -1))
         v_bias_hd = torch.unflatten(self.v_up.bias, 0, (self.num_heads, -1))
         other = None
-        if dense:
-            q_rthd = torch.cat([q_nope_rthn, q_rope_rthp], dim=-1)
+        if past.dense:
             k_rmhd, v_rmhd = (
-                _for_all_rows(torch.cat(tensors, dim=1), view.copies) for tensors in zip(*dense, strict=True)
+                _for_all_rows(torch.cat(tensors, dim=1), view.copies)
+                for tensors in zip(*past.dense, strict=True)
             )
             other = DenseKeys(q_rthd, k_rmhd, v_rmhd)
         out = absorbed_attention(
-            torch.cat([torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc), q_rope_rthp], dim=-1),
-            torch.cat([content_rkc, rope_rkp], dim=-1),
-            content_rkc,
+            torch.cat([self._asked_of_latents(q_nope_rthn), q_rope_rthp], dim=-1),
+            torch.cat([latents.content, latents.rope_key.squeeze(2)], dim=-1),
+            latents.content,
             self._scale,
             (q_nope_rthn * k_bias_hn).sum(-1, keepdim=True) * self._scale,
             other,
@@ -356,26 +335,61 @@ class LatentAttention(nn.Module):
         v_rthd = torch.einsum("rthc,hdc->rthd", out.content, v_up_hdc) + out.weight * v_bias_hd
         return (v_rthd if out.dense is None else v_rthd + out.dense).flatten(2)
 
+    def _asked_of_latents(self, q_nope_rthn: Tensor) -> Tensor:
+        """Queries as latents meet them, ``[r, t, h, c]``."""
+        k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
+        return torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc)
+
     def _heads(self, x_btw: Tensor) -> Tensor:
         return torch.unflatten(x_btw, -1, (self.num_heads, -1))
 
     def _of_head(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Dense keys, turned by their positions already, as queries here ask for them, and values."""
-        still, turning = torch.split(
-            parts["k"][..., self._order()], [self.config.nope_dim, self.config.rope_dim], dim=-1
-        )
+        still, turning = (_gathered(parts["k"], channels) for channels in self._channels)
         keys = torch.cat([still, _turned(turning, _inverse(self.turns))], dim=-1)
         if self.config.debias:
             keys = nn.functional.pad(keys, (0, num_groups(self.sizes.kv_rank)))
         return keys, parts["v"]
 
     def _in_head_order(self, keys_bthd: Tensor) -> Tensor:
+        """From the order of `_expand` to that of an original head, where that has as many channels."""
         if not self.config.splits(self.head_dim):
             return keys_bthd
-        return keys_bthd[..., self._order().argsort()]
+        order = [channel for group in self._channels for channel in group]
+        return _gathered(keys_bthd, sorted(range(len(order)), key=order.__getitem__))
 
-    def _order(self) -> Tensor:
-        return torch.tensor(self._channels, device=self.k_up.weight.device)
+
+class _Latents(NamedTuple):
+    """Of some tokens the latents ``[b, t, c]`` and the shared keys, turned, ``[b, t, 1, p]``."""
+
+    content: Tensor
+    rope_key: Tensor
+
+
+class _Past(NamedTuple):
+    """Segments of the past: keys and values as they come, ``[b, t, h, d]`` each, and latents."""
+
+    dense: list[tuple[Tensor, Tensor]]
+    latents: list[_Latents]
+
+
+def _joined(view: HistoryView, past: Sequence[_Latents], own: _Latents) -> _Latents:
+    """Of all tokens."""
+    return _Latents(
+        view.joined([latents.content for latents in past], own.content),
+        view.joined([latents.rope_key for latents in past], own.rope_key),
+    )
+
+
+def _gathered(x: Tensor, channels: Sequence[int]) -> Tensor:
+    """Some of the last dimension, run by run: an index would first have to reach the device."""
+    runs: list[list[int]] = []
+    for channel in channels:
+        if runs and channel == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([channel, channel + 1])
+    return torch.cat([x[..., first:last] for first, last in runs], dim=-1)
 
 
 def _turned(x_bthp: Tensor, turns_hp2: Tensor) -> Tensor:
@@ -388,8 +402,9 @@ def _turned(x_bthp: Tensor, turns_hp2: Tensor) -> Tensor:
 
 def _inverse(turns_hp2: Tensor, *, conjugate: bool = False) -> Tensor:
     """One over each (or over its conjugate), bounded where it is nearly nothing."""
-    sign = turns_hp2.new_tensor([1.0, 1.0 if conjugate else -1.0])
-    return sign * turns_hp2 / turns_hp2.square().sum(-1, keepdim=True).clamp_min(_LEAST_TURN**2)
+    real, imaginary = turns_hp2.unbind(-1)
+    inverse = torch.stack([real, imaginary if conjugate else -imaginary], dim=-1)
+    return inverse / turns_hp2.square().sum(-1, keepdim=True).clamp_min(_LEAST_TURN**2)
 
 
 def _for_all_rows(base_b: Tensor, copies: int) -> Tensor:
