@@ -95,6 +95,16 @@ def test_a_plan_expects_the_mean_exit_of_rollouts(learner: str, scores: str) -> 
     assert plan.activations[0] > 0.9 * max(kept)
 
 
+def test_a_plan_expects_half_of_the_levels_that_context_may_be_made_again_from() -> None:
+    made = toy(windows={"resampled_sigmas": (0.8, 0.5), "num_first_clips": 0})
+    plan, task = made.plan("windows", PLENTY), task_of(made, "windows")
+    assert plan is not None
+    learner = task.learners[""]
+    flops = [measured(learner, [task.module], draw, False)[0] for draw in range(24)]
+    assert len(set(flops)) > 2
+    assert plan.flops_per_step == pytest.approx(sum(flops) / len(flops), rel=0.05)
+
+
 def test_weights_state_and_averages_are_counted_to_the_byte() -> None:
     made = toy()
     plan, task = made.plan("dmd", PLENTY), task_of(made, "dmd")

@@ -81,6 +81,7 @@ def guided_task() -> DiTTask:
         guide_weight=1.0,
         guide_layer=1,
         prompt_guide_weight=0.5,
+        resampled_sigmas=(0.8, 0.5),
     )
     return DiTTask(module, HISTORY, config, held_out, clips, held_out)
 

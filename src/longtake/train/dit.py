@@ -6,6 +6,7 @@ Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,11 @@ class DiTTrainingConfig(ClipsPerStep):
         1.0, gt=0, description="shift of the training sigmas, as in sampling; above 1: more of high noise"
     )
     context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
+    resampled_sigmas: tuple[float, ...] = Field(
+        (),
+        description="the sampler's noise levels, falling: the network makes context again from a random one "
+        "of them on, or leaves it as it is, so that it meets its own mistakes in the past",
+    )
     guide_weight: float = Field(
         0.0, ge=0, description="of the error of reading off tokens where objects are and go; fresh clips only"
     )
@@ -68,6 +74,15 @@ class DiTTrainingConfig(ClipsPerStep):
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
+
+    @model_validator(mode="after")
+    def _falls(self) -> DiTTrainingConfig:
+        sigmas = self.resampled_sigmas
+        if any(a <= b for a, b in pairwise((1.0, *sigmas, 0.0))):
+            raise ConfigError(
+                f"resampled_sigmas={sigmas} do not fall between 1 and 0", "use for instance [0.8, 0.5]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _can_recall(self) -> DiTTrainingConfig:
@@ -240,8 +255,9 @@ class DiTTask:
             target = clean.repeat(num_copies, 1, 1, 1, 1)
             noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
             amount = config.context_noise * torch.rand(num_clips, 1, 1, 1, 1, generator=generator)
-            context = clean + amount * torch.randn(clean.shape, generator=generator)
             last = chunk == num_chunks - 1
+            past = clean if last else self._resampled(walk, clean, generator)
+            context = past + amount * torch.randn(clean.shape, generator=generator)
             reading = _Reading(config.guide_layer) if self._probe and clips.guide_bfkhw is not None else None
             if last:
                 predicted = walk.predict(noisy, sigma, reading)
@@ -254,6 +270,20 @@ class DiTTask:
                 guide = self._guide_error(self._probe, reading.tokens, clips.guide_bfkhw[:, span])
             results.append((*errors, guide))
         return results
+
+    @torch.no_grad()
+    def _resampled(self, walk: Walk, clean: Tensor, generator: torch.Generator) -> Tensor:
+        """A chunk as the network itself would have finished it, from one of the sampler's last steps on
+        (self-resampling, arXiv 2512.15702).
+        """
+        sigmas = self.config.resampled_sigmas
+        if not sigmas:
+            return clean
+        start = int(torch.randint(len(sigmas) + 1, (1,), generator=generator))
+        for value in sigmas[start:]:
+            sigma = torch.full((len(clean),), value)
+            clean = walk.predict(at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma), sigma)
+        return clean
 
     def _guide_error(self, probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor) -> Tensor:
         """Error of what the probe reads off the tokens, those of objects counting five times."""

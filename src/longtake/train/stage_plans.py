@@ -113,6 +113,9 @@ def plan_dit(
             commits = count if chunk < num_chunks - 1 else 0
             cost += costs.forward(copies * count + commits, chunk, True, commits, count)
             cost += costs.memory(count, chunk, True)
+            if commits > 0 and config.resampled_sigmas:
+                expected = len(config.resampled_sigmas) / 2  # passes without gradients
+                cost += costs.forward(count, chunk).times(expected)
     if config.num_recall_clips > 0:
         cost += _recall_walk(sizes, config, arithmetic)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
