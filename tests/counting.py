@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from longtake.stream.pipeline import Pipeline
+from longtake.stream.session import Stream
 from longtake.train.latents import Clips
 from longtake.train.loop import Learner
 from toy_training import CAPTIONS
@@ -34,6 +36,16 @@ def counter() -> FlopCounterMode:
         ops._scaled_dot_product_flash_attention_for_cpu_backward: backward,
     }
     return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def flops_of_a_chunk(pipeline: Pipeline) -> int:
+    """Of one that has a past, text and autoencoder left out."""
+    stream = Stream(pipeline, "a red ball", decode=False)
+    for _ in range(6):
+        next(stream)
+    with counter() as counted:
+        next(stream)
+    return counted.get_total_flops()
 
 
 def measured(learner: Learner, modules: list[nn.Module], draw: int, half: bool) -> tuple[int, int]:

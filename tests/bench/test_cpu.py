@@ -9,14 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from longtake.bench.cpu import (
-    CpuBenchConfig,
-    bars,
-    count_allocations,
-    full_window_chunk,
-    measure_pairs,
-    spread,
-)
+from longtake.bench.cpu import CpuBenchConfig, bars, count_allocations
+from longtake.bench.turns import full_window_chunk, measure_pairs, spread
 from longtake.cli import bench_cpu, main
 from longtake.errors import ConfigError
 from longtake.stream.session import Stream

@@ -8,25 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from counting import counter
+from counting import flops_of_a_chunk
 from longtake.bench.latent import as_latent, counted_window, measured_allocation
 from longtake.cli import main
 from longtake.models.dit import wan_dit
 from longtake.models.latent import LatentConfig
-from longtake.stream.pipeline import Pipeline
-from longtake.stream.session import Stream
 from longtake.train.costs import DiTCosts
 from model_file import write_model
 from tiny_parts import small_pipeline
-
-
-def flops_of_a_chunk(pipeline: Pipeline) -> int:
-    stream = Stream(pipeline, "a red ball", decode=False)
-    for _ in range(6):
-        next(stream)
-    with counter() as counted:
-        next(stream)
-    return counted.get_total_flops()
 
 
 @pytest.mark.parametrize("path", ["expand", "absorbed"])

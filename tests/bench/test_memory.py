@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from counting import counter
+from counting import flops_of_a_chunk
 from longtake.bench.memory import (
     SETTINGS,
     WAN_1_3B,
@@ -22,22 +22,8 @@ from longtake.cli import main
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
-from longtake.stream.session import Stream
 from model_file import write_model
 from tiny_parts import small_pipeline
-
-
-def flops_of_a_chunk(policy: EvolvingConfig | None, setting: MemorySetting) -> int:
-    pipeline = with_memory(small_pipeline(), setting)
-    history = pipeline.config.history
-    if policy is not None:
-        pipeline = pipeline.with_history(history.replace(policy=policy))
-    stream = Stream(pipeline, "a red ball", decode=False)
-    for _ in range(6):
-        next(stream)
-    with counter() as counted:
-        next(stream)
-    return counted.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -53,8 +39,8 @@ def test_a_memory_costs_what_torch_counts(setting: MemorySetting) -> None:
     history, policy = pipeline.config.history, pipeline.config.history.policy
     assert isinstance(policy, EvolvingConfig)
     counted = count(pipeline.dit.config, history, policy, pipeline.latent_shape[2:], 3)
-    off = flops_of_a_chunk(policy.replace(mode="off"), setting)
-    on = flops_of_a_chunk(None, setting)
+    without = pipeline.with_history(history.replace(policy=policy.replace(mode="off")))
+    off, on = flops_of_a_chunk(without), flops_of_a_chunk(pipeline)
     assert counted.plain == pytest.approx(off, rel=0.01)
     assert counted.keys + counted.read + counted.update == pytest.approx(on - off, rel=0.02)
 

@@ -11,22 +11,20 @@ machine; - allocations: how often the memory allocator is asked in one chunk of 
 from __future__ import annotations
 
 import json
-import math
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import Field
 from torch.profiler import ProfilerActivity, profile
 
-from longtake.bench.meter import DurationHistogram, environment, resident_bytes
-from longtake.config import Config
+from longtake.bench.meter import DurationHistogram, resident_bytes
+from longtake.bench.turns import Tell, TurnsConfig, bar, full_window_chunk, head, measure_pairs, spread
 from longtake.errors import ConfigError, UsageError
 from longtake.io.video import VideoConfig, open_video
 from longtake.stream.pipeline import Pipeline
@@ -41,24 +39,16 @@ RESIDENT_CHUNKS: Final = 100
 """Resident memory is read after this many chunks at either end of the long run, and medians are compared: the
 C library hands freed memory back now and then, which moves single readings by some megabytes up and down."""
 
-Tell = Callable[[str], None]
 
-
-class CpuBenchConfig(Config):
-    """What to measure.
+class CpuBenchConfig(TurnsConfig):
+    """What to measure. The far stream has `seed`, the fresh one the next.
 
     Attributes:
-        prompt: of every stream.
-        seed: of the far stream; the fresh one has the next.
         far_chunk: index of the chunk that is compared with one whose window has just filled.
-        num_pairs: chunks of either stream in the comparison.
         num_starts: launches of the command.
     """
 
-    prompt: str = Field("a red circle bouncing on a blue sky", min_length=1)
-    seed: int = Field(0, ge=0)
     far_chunk: int = Field(2000, ge=1)
-    num_pairs: int = Field(100, ge=1)
     num_starts: int = Field(3, ge=1)
 
 
@@ -92,33 +82,13 @@ def run_cpu_bench(
     tell("allocations: one chunk of each")
     counts = {"just_full": count_allocations(near), "far": count_allocations(far)}
     report = {
-        "config": config.model_dump(mode="json"),
-        "environment": environment(),
-        "model": {
-            "path": model,
-            "weights_sha256": pipeline.digest,
-            "stream": pipeline.config.model_dump(mode="json"),
-        },
+        **head(config, pipeline, model, stream=pipeline.config.model_dump(mode="json")),
         "start": start,
         "long_run": long_run,
         "constant_cost": {"just_full_chunk": full, "far_chunk": config.far_chunk, **cost},
         "allocations": {**counts, "equal": counts["just_full"] == counts["far"]},
     }
     return {**report, "bars": bars(report)}
-
-
-def full_window_chunk(pipeline: Pipeline) -> int:
-    """Index of the first chunk that sees a full window.
-
-    Raises:
-        ConfigError: the window has no limit.
-    """
-    history = pipeline.config.history
-    if history.window_frames is None:
-        raise ConfigError(
-            "the model's window has no limit, so its cost grows", "choose a model with a window"
-        )
-    return math.ceil(history.window_frames / history.chunk_frames) - 1
 
 
 def measure_start(config: CpuBenchConfig, model: str, threads: int | None) -> dict[str, Any]:
@@ -214,30 +184,6 @@ def measure_long_run(
     }
 
 
-def measure_pairs(
-    near: Stream, far: Stream, num_pairs: int, names: tuple[str, str] = ("just_full", "far")
-) -> dict[str, Any]:
-    """Chunk times of two streams that take turns, and how the second compares with the first.
-
-    The order changes with every pair, so that neither always finds the other's data in the processor's
-    caches.
-    """
-    first, second = names
-    seconds: dict[str, list[float]] = {first: [], second: []}
-    for pair in range(num_pairs):
-        turns = [(first, near), (second, far)]
-        for name, stream in reversed(turns) if pair % 2 else turns:
-            began = time.perf_counter()
-            next(stream)
-            seconds[name].append(time.perf_counter() - began)
-    return {
-        f"{first}_seconds": spread(seconds[first]),
-        f"{second}_seconds": spread(seconds[second]),
-        "ratio_of_medians": statistics.median(seconds[second]) / statistics.median(seconds[first]),
-        "ratio_within_pairs": spread([b / a for a, b in zip(seconds[first], seconds[second], strict=True)]),
-    }
-
-
 def count_allocations(stream: Stream) -> dict[str, int]:
     """Requests to the tensor allocator and their bytes during the stream's next chunk."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -249,50 +195,28 @@ def count_allocations(stream: Stream) -> dict[str, int]:
     return {"count": len(sizes), "bytes": sum(sizes)}
 
 
-def spread(values: Collection[float]) -> dict[str, Any]:
-    """Median, quartiles, extremes and number of values."""
-    low, _, high = (
-        statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else (min(values),) * 3
-    )
-    return {
-        "median": statistics.median(values),
-        "quartiles": [low, high],
-        "range": [min(values), max(values)],
-        "num": len(values),
-    }
-
-
 def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What is required, what was measured, and whether it suffices."""
-    long_run, start = report["long_run"], report["start"]
-    rows: list[tuple[str, float | None, float, bool]] = [
-        ("real-time factor, text to encoded file", long_run["real_time_factor"], MIN_REAL_TIME_FACTOR, True),
-        (
-            "far chunk's time / just full one's",
-            report["constant_cost"]["ratio_of_medians"],
-            MAX_COST_RATIO,
-            False,
-        ),
-        (
-            "far chunk's allocations - just full one's",
-            report["allocations"]["far"]["count"] - report["allocations"]["just_full"]["count"],
-            0.0,
-            False,
-        ),
-        ("growth of resident memory, bytes", long_run["resident_growth_bytes"], MAX_GROWTH_BYTES, False),
-        (
-            "seconds to the first frame in the file beyond the import of torch",
-            start["first_frame_beyond_import_seconds"]["median"],
-            MAX_START_SECONDS,
-            False,
-        ),
-    ]
+    long_run, allocations = report["long_run"], report["allocations"]
     return [
-        {
-            "what": what,
-            "required": f"{'>=' if at_least else '<='} {limit:g}",
-            "measured": value,
-            "met": value is not None and (value >= limit if at_least else value <= limit),
-        }
-        for what, value, limit, at_least in rows
+        bar(
+            "real-time factor, text to encoded file",
+            long_run["real_time_factor"],
+            MIN_REAL_TIME_FACTOR,
+            at_least=True,
+        ),
+        bar(
+            "far chunk's time / just full one's", report["constant_cost"]["ratio_of_medians"], MAX_COST_RATIO
+        ),
+        bar(
+            "far chunk's allocations - just full one's",
+            allocations["far"]["count"] - allocations["just_full"]["count"],
+            0,
+        ),
+        bar("growth of resident memory, bytes", long_run["resident_growth_bytes"], MAX_GROWTH_BYTES),
+        bar(
+            "seconds to the first frame in the file beyond the import of torch",
+            report["start"]["first_frame_beyond_import_seconds"]["median"],
+            MAX_START_SECONDS,
+        ),
     ]

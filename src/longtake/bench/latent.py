@@ -12,18 +12,16 @@ from typing import Any, Final
 import torch
 from pydantic import Field
 
-from longtake.bench.cpu import full_window_chunk, measure_pairs
-from longtake.bench.memory import WAN_1_3B, WAN_LATENT, Tell
-from longtake.bench.meter import environment, resident_bytes
+from longtake.bench.memory import WAN_1_3B, WAN_LATENT
+from longtake.bench.meter import resident_bytes
+from longtake.bench.turns import Tell, TurnsConfig, bar, head, measure_alternatives
 from longtake.cache.base import Buffers
 from longtake.cache.latent import latent_layout
 from longtake.cache.quantized import Storage
-from longtake.config import Config
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT
 from longtake.models.latent import LatentConfig
 from longtake.stream.pipeline import Pipeline
-from longtake.stream.session import Stream
 from longtake.train.costs import DiTCosts
 
 WINDOWS: Final = (7, 12, 21, 63)
@@ -38,19 +36,14 @@ WAN_DECODER_STATE_BYTES: Final = 1.9e9
 _NUM_WEIGHTS: Final = 1.42e9 + 0.13e9  # DiT and autoencoder; the text encoder need not stay
 
 
-class LatentBenchConfig(Config):
+class LatentBenchConfig(TurnsConfig):
     """What to measure.
 
     Attributes:
-        prompt: of the streams. ``seed``: of their noise.
-        num_pairs: dense and latent chunks that take turns.
         measured_bytes: at least so much is allocated to compare with what is counted.
         device_bytes: memory in which streams of 21 frames are counted.
     """
 
-    prompt: str = Field("a red circle bouncing on a blue sky", min_length=1)
-    seed: int = Field(0, ge=0)
-    num_pairs: int = Field(100, ge=1)
     measured_bytes: int = Field(256 << 20, ge=1)
     device_bytes: float = Field(80e9, gt=0)
 
@@ -144,21 +137,16 @@ def run_latent_bench(config: LatentBenchConfig, pipeline: Pipeline, model: str, 
     if own is not None:
         torch.manual_seed(0)
         dense = replace(pipeline, dit=DiT(plain).to(pipeline.device).eval().requires_grad_(False))
-    streams = [Stream(used, config.prompt, config.seed, decode=False) for used in (dense, latent)]
-    for stream in streams:
-        for _ in range(full_window_chunk(pipeline) + 2):
-            next(stream)
-    times = measure_pairs(streams[0], streams[1], config.num_pairs, ("dense", "latent"))
+    times = measure_alternatives(config, dense, latent, ("dense", "latent"))
     specs = {"dense": dense.dit.cache_spec(), "latent": latent.dit.cache_spec()}
     report = {
-        "config": config.model_dump(mode="json"),
-        "environment": environment(),
-        "model": {
-            "path": model,
-            "weights_sha256": pipeline.digest,
-            "latent": latent.dit.config.latent.model_dump(mode="json") if latent.dit.config.latent else None,
-            "bytes_per_token": {name: spec.bytes_per_token(torch.float32) for name, spec in specs.items()},
-        },
+        **head(
+            config,
+            pipeline,
+            model,
+            latent=latent.dit.config.latent.model_dump(mode="json") if latent.dit.config.latent else None,
+            bytes_per_token={name: spec.bytes_per_token(torch.float32) for name, spec in specs.items()},
+        ),
         "wan_1_3b": [counted_window(window, config.device_bytes) for window in WINDOWS],
         "allocated": allocated,
         "time": times,
@@ -176,29 +164,10 @@ def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
     ratio = report["time"]["ratio_of_medians"]
     packed = by_storage["int4"]["bytes_per_token_and_layer"]
     plain = by_storage["full"]["bytes_per_token_and_layer"]
+    exact = {"required": "= 448", "met": plain == 448}
     return [
-        {
-            "what": "bytes a token and layer, bf16",
-            "measured": plain,
-            "required": "= 448",
-            "met": plain == 448,
-        },
-        {
-            "what": "bytes a token and layer, int4",
-            "measured": packed,
-            "required": f"<= {MAX_BYTES}",
-            "met": packed <= MAX_BYTES,
-        },
-        {
-            "what": "resident memory over counted bytes, off by",
-            "measured": off,
-            "required": f"<= {MAX_OFF}",
-            "met": off <= MAX_OFF,
-        },
-        {
-            "what": "latent over dense, time of a chunk's latents",
-            "measured": ratio,
-            "required": f"<= {MAX_TIME_RATIO}",
-            "met": ratio <= MAX_TIME_RATIO,
-        },
+        {**bar("bytes a token and layer, bf16", plain, 448), **exact},
+        bar("bytes a token and layer, int4", packed, MAX_BYTES),
+        bar("resident memory over counted bytes, off by", off, MAX_OFF),
+        bar("latent over dense, time of a chunk's latents", ratio, MAX_TIME_RATIO),
     ]

@@ -9,15 +9,13 @@ Autoencoder and text are the same with and without, and left out. Elementwise wo
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from longtake.bench.cpu import full_window_chunk, measure_pairs
-from longtake.bench.meter import environment
+from longtake.bench.turns import Tell, TurnsConfig, bar, full_window_chunk, head, measure_alternatives
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
@@ -27,7 +25,6 @@ from longtake.history.window import WindowConfig
 from longtake.models.dit import DiT, DiTConfig, wan_dit
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline
-from longtake.stream.session import Stream
 from longtake.train.costs import DiTCosts
 
 MAX_COUNTED_SHARE: Final = 0.03
@@ -36,8 +33,6 @@ MAX_TIME_SHARE: Final = 0.08
 WAN_1_3B: Final = wan_dit()
 WAN_LATENT: Final = (60, 104)
 """480x832 pixels."""
-
-Tell = Callable[[str], None]
 
 
 class MemorySetting(Config):
@@ -100,20 +95,15 @@ SETTINGS: Final[dict[str, MemorySetting]] = {
 }
 
 
-class MemoryBenchConfig(Config):
+class MemoryBenchConfig(TurnsConfig):
     """What to measure.
 
     Attributes:
-        prompt: of the streams. ``seed``: of their noise.
-        num_pairs: chunks with and without the memory that take turns.
         memory: setting to time on a model that has no memory, with untrained weights: time does not depend
             on them.
         window_frames, sink_frames, chunk_frames: of the counted history at Wan2.1-1.3B's size.
     """
 
-    prompt: str = Field("a red circle bouncing on a blue sky", min_length=1)
-    seed: int = Field(0, ge=0)
-    num_pairs: int = Field(100, ge=1)
     memory: MemorySetting = MemorySetting(num_frames=1, num_layers=1, ffn_ratio=2, num_readers=2)
     window_frames: int = Field(12, ge=1)
     sink_frames: int = Field(3, ge=0)
@@ -224,16 +214,10 @@ def run_memory_bench(config: MemoryBenchConfig, pipeline: Pipeline, model: str, 
     times = {}
     for name, decode in (("chunk", True), ("latents", False)):
         tell(f"time: {config.num_pairs} pairs, {'frames' if decode else 'latents alone'}")
-        off, on = (Stream(used, config.prompt, config.seed, decode=decode) for used in (plain, timed))
-        for stream in (off, on):
-            for _ in range(full_window_chunk(timed) + 2):
-                next(stream)
-        times[name] = measure_pairs(off, on, config.num_pairs, ("off", "memory"))
+        times[name] = measure_alternatives(config, plain, timed, ("off", "memory"), decode=decode)
     rows = {name: _at_wan_size(config, setting) for name, setting in SETTINGS.items()}
     report = {
-        "config": config.model_dump(mode="json"),
-        "environment": environment(),
-        "model": {"path": model, "weights_sha256": pipeline.digest, "trained_memory": own},
+        **head(config, pipeline, model, trained_memory=own),
         "counted": {"model": _figures(counted), "wan_1_3b": rows},
         "time": times,
     }
@@ -266,15 +250,8 @@ def _figures(counted: Counted) -> dict[str, float]:
 def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
     """What is required, what was measured, and whether it suffices."""
     cheapest = min(row["share"] for row in report["counted"]["wan_1_3b"].values())
-    rows = [
-        ("cheapest setting at Wan2.1-1.3B's size, counted FLOPs", cheapest, MAX_COUNTED_SHARE),
-        (
-            "this model's time, text to frames",
-            report["time"]["chunk"]["ratio_of_medians"] - 1,
-            MAX_TIME_SHARE,
-        ),
-    ]
+    time = report["time"]["chunk"]["ratio_of_medians"] - 1
     return [
-        {"what": what, "required": f"<= {limit:g}", "measured": value, "met": value <= limit}
-        for what, value, limit in rows
+        bar("cheapest setting at Wan2.1-1.3B's size, counted FLOPs", cheapest, MAX_COUNTED_SHARE),
+        bar("this model's time, text to frames", time, MAX_TIME_SHARE),
     ]
