@@ -9,7 +9,7 @@ import torch
 
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
-from longtake.models.dit import DiTConfig
+from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.bundle import ModelCard, build, save_model

@@ -6,15 +6,16 @@ import model_file
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit import DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig
-from longtake.train.latents import LatentCacheConfig
+from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
-from longtake.train.run import Recipe
+from longtake.train.recipe import Recipe
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig
 from longtake.world import WORDS

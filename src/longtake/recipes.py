@@ -8,7 +8,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, nearest
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
-from longtake.models.dit import DiTConfig, wan_dit
+from longtake.models.dit_config import DiTConfig, wan_dit
 from longtake.models.latent import LatentConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
@@ -16,11 +16,11 @@ from longtake.stream.pipeline import StreamConfig
 from longtake.train.distil import DistillationRecipe
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig
-from longtake.train.latents import LatentCacheConfig
+from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.optim import AdamWConfig
-from longtake.train.run import Recipe
+from longtake.train.recipe import Recipe
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig
 from longtake.world import FPS, WORDS

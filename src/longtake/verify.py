@@ -23,7 +23,8 @@ from longtake.history.positions import Absolute, Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
 from longtake.io.checkpoints import load_into, read_safetensors
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.models.memory import MemoryEncoder, MemoryEncoderConfig
 
 STATE = "state."

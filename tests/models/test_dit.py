@@ -14,7 +14,8 @@ from longtake.history.base import HistoryConfig, full_view
 from longtake.history.positions import Absolute, Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
-from longtake.models.dit import DiT, TextContext, wan_dit
+from longtake.models.dit import DiT, TextContext
+from longtake.models.dit_config import wan_dit
 from tiny_parts import GRID, small_dit
 
 OPTIONS: dict[str, Any] = {

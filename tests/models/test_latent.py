@@ -21,7 +21,8 @@ from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.history.retention import MostAttendedConfig
 from longtake.history.slots import SlotHistory
-from longtake.models.dit import DiT, wan_dit
+from longtake.models.dit import DiT
+from longtake.models.dit_config import wan_dit
 from longtake.models.latent import LatentAttention, LatentConfig
 from longtake.ops.latent import LatentSizes
 from longtake.stream.state import PromptSwitch

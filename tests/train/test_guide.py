@@ -10,8 +10,9 @@ from einops import rearrange
 from longtake.errors import ConfigError
 from longtake.models.tiny_vae import TinyVAE
 from longtake.train.dit import DiTTask, DiTTrainingConfig
+from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
-from longtake.train.latents import FreshClips, LatentCacheConfig
+from longtake.train.latents import FreshClips
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks, sample_scene
 from longtake.world.vocabulary import OBJECT_RGB, SHAPES

@@ -20,7 +20,8 @@ from longtake.train.fit import this_machine
 from longtake.train.layers import LayersTask
 from longtake.train.loop import WeightAverage
 from longtake.train.plan import Machine, StagePlan, plan_lines
-from longtake.train.run import Recipe, train
+from longtake.train.recipe import Recipe
+from longtake.train.run import train
 from longtake.train.trajectory import TrajectoryTask
 from longtake.train.vae import VAETask
 from toy_training import CAPTIONS, networks, recipe

@@ -18,10 +18,11 @@ from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
 from longtake.train.dit import DiTTask, DiTTrainingConfig
-from longtake.train.latents import LatentCacheConfig
+from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.plan import Machine
 from longtake.train.recall import RecallSource, longest_chunks
-from longtake.train.run import Recipe, train
+from longtake.train.recipe import Recipe
+from longtake.train.run import train
 from longtake.train.walk import Walk
 from longtake.world import parse_caption
 from toy_training import CAPTIONS, DIT, HISTORY, VAE, loop, networks, recipe

@@ -18,18 +18,12 @@ from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
-from longtake.train.latents import (
-    Clips,
-    FreshClips,
-    LatentCacheConfig,
-    build_cache,
-    encode_shard,
-    excerpt,
-    load_cache,
-)
+from longtake.train.excerpts import LatentCacheConfig, excerpt
+from longtake.train.latents import Clips, FreshClips, build_cache, encode_shard, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.optim import AdamWConfig
-from longtake.train.run import Recipe, train
+from longtake.train.recipe import Recipe
+from longtake.train.run import train
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks

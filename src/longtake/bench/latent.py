@@ -22,7 +22,7 @@ from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT
 from longtake.models.latent import LatentConfig
 from longtake.stream.pipeline import Pipeline
-from longtake.train.costs import DiTCosts
+from longtake.train.dit_costs import DiTCosts
 
 WINDOWS: Final = (7, 12, 21, 63)
 """Latent frames, current chunk included."""

@@ -22,10 +22,11 @@ from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.window import WindowConfig
-from longtake.models.dit import DiT, DiTConfig, wan_dit
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig, wan_dit
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline
-from longtake.train.costs import DiTCosts
+from longtake.train.dit_costs import DiTCosts
 
 MAX_COUNTED_SHARE: Final = 0.03
 MAX_TIME_SHARE: Final = 0.08

@@ -29,7 +29,8 @@ from longtake.io.checkpoints import (
     read_weights,
     write_safetensors_by_one,
 )
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.models.latent import LatentConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from longtake.config import Config
 from longtake.errors import CheckpointError, ConfigError, nearest
 from longtake.io.checkpoints import load_into, read_safetensors, write_safetensors
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig

@@ -15,13 +15,13 @@ from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.models.dit import DiT
 from longtake.models.latent import LatentConfig
 from longtake.train.dit import DiTTrainingConfig
+from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_multiple
-from longtake.train.latents import LatentCacheConfig
 from longtake.train.plan import Machine, StagePlan
 from longtake.train.stage_plans import Sizes, plan_dit, plan_dmd, plan_layers, plan_trajectory, plan_vae
 
 if TYPE_CHECKING:
-    from longtake.train.run import Recipe
+    from longtake.train.recipe import Recipe
 
 KeptConfig = KeyFramesConfig | MostAttendedConfig
 _CACHES = ("first_latents", "latents", "held_out")

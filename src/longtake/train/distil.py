@@ -22,11 +22,12 @@ from longtake.io.checkpoints import (
     unwrap,
     write_safetensors,
 )
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_storage
-from longtake.train.costs import DiTCosts
 from longtake.train.dit import TextToLatents
+from longtake.train.dit_costs import DiTCosts
 from longtake.train.dmd import DMDConfig, DMDTask, dmd_optimizers, score_history
 from longtake.train.fit import check_fits, check_multiple, this_machine
 from longtake.train.loop import STOPPED_EARLY, autocast_dtype, run

@@ -19,8 +19,9 @@ from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
+from longtake.train.excerpts import Prompts
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
-from longtake.train.latents import Clips, ClipSource, ClipsPerStep, Prompts
+from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
 from longtake.train.prompt_guide import PromptProbe

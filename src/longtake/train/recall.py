@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.latents import Clips, Excerpt, LatentCacheConfig, encode_clips
+from longtake.train.excerpts import Excerpt, LatentCacheConfig
+from longtake.train.latents import Clips, encode_clips
 from longtake.world.recall import (
     RecallScene,
     glide_frames,

@@ -5,136 +5,33 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
-from longtake.config import Config
 from longtake.errors import ConfigError, TrainingError
 from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
-from longtake.models.dit import DiT, DiTConfig
-from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
-from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
-from longtake.stream.bundle import ModelCard, load_networks, resolve_model, save_model
-from longtake.stream.pipeline import StreamConfig
-from longtake.train.checks import check_parts, plan_of
+from longtake.models.dit import DiT
+from longtake.models.tiny_text import TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE
+from longtake.stream.bundle import load_networks, resolve_model, save_model
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
-from longtake.train.dmd import DMDConfig, DMDTask
-from longtake.train.fit import check_fits, this_machine
-from longtake.train.latents import (
-    Clips,
-    ClipSource,
-    ClipsPerStep,
-    FreshClips,
-    LatentCacheConfig,
-    build_cache,
-    captions_of,
-    load_cache,
-)
-from longtake.train.layers import LayersConfig, LayersTask
+from longtake.train.dmd import DMDTask
+from longtake.train.excerpts import LatentCacheConfig, captions_of
+from longtake.train.fit import this_machine
+from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
+from longtake.train.layers import LayersTask
 from longtake.train.loop import STOPPED_EARLY, run
-from longtake.train.plan import DeviceKind, Machine, StagePlan
 from longtake.train.recall import RecallSource
+from longtake.train.recipe import Recipe, Stage
 from longtake.train.samples import SampleRollouts
-from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
-from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
+from longtake.train.trajectory import TrajectoryTask
+from longtake.train.vae import VAETask, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
-
-Stage = Literal[
-    "vae", "latents", "layers", "first", "windows", "memory", "trajectory", "dmd", "decoder", "export"
-]
-STAGES: tuple[Stage, ...] = get_args(Stage)
-PLAIN_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage not in ("memory", "layers"))
 
 _NUM_CLIPS_FOR_STATISTICS = 64
 _NUM_TEACHER_STEPS = 32
 _NUM_SAMPLES = 8
-
-
-class Recipe(Config):
-    """A small text-to-video model and how it is trained.
-
-    Args:
-        warm_start: model name or file whose weights the networks start from, also where the recipe's have
-            grown (see `train.warm_start`); None starts from scratch.
-        parent: model name or file of the dense model that latent layers learn from; None where they do not.
-        stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
-            as the parent's), first (first chunks only), windows (whole clips through the history), memory
-            (the same with clips that ask for recall), trajectory (few steps and guidance, learned from the
-            teacher's paths), dmd (the same, matched to the teacher's distribution on self-rollouts), decoder
-            (the autoencoder's decoder alone, latents untouched), export (write the model file).
-    """
-
-    name: str = Field(min_length=1)
-    level: int = Field(1, ge=1, description="highest world level it is trained for")
-    seed: int = 0
-    warm_start: str | None = None
-    parent: str | None = None
-    stages: tuple[Stage, ...] = PLAIN_STAGES
-    vae_model: TinyVAEConfig
-    text_model: TinyTextConfig
-    dit_model: DiTConfig
-    stream: StreamConfig
-    vae: VAETrainingConfig
-    first_latents: LatentCacheConfig
-    latents: LatentCacheConfig
-    held_out: LatentCacheConfig
-    layers: LayersConfig = LayersConfig()
-    first: DiTTrainingConfig
-    windows: DiTTrainingConfig
-    memory: DiTTrainingConfig = DiTTrainingConfig(num_recall_clips=2, num_clips=2, fresh_clips=True)
-    trajectory: TrajectoryConfig
-    dmd: DMDConfig
-    decoder: VAETrainingConfig
-
-    @model_validator(mode="after")
-    def _same_chunks(self) -> Recipe:
-        chunk_frames = self.stream.history.chunk_frames
-        for name in ("first_latents", "latents", "held_out"):
-            of_cache = getattr(self, name).chunk_frames
-            if of_cache != chunk_frames:
-                raise ConfigError(
-                    f"{name}.chunk_frames={of_cache}, but the stream's chunks have {chunk_frames} frames",
-                    f"set {name}.chunk_frames={chunk_frames}",
-                )
-        return self
-
-    @property
-    def card(self) -> ModelCard:
-        """The description that goes into the model file."""
-        return ModelCard(
-            name=self.name,
-            level=self.level,
-            recipe=self.model_dump_json(),
-            vae=self.vae_model,
-            text=self.text_model,
-            dit=self.dit_model,
-            stream=self.stream,
-        )
-
-    @property
-    def device(self) -> DeviceKind:
-        """Where a small model is trained."""
-        return "cpu"
-
-    def plan(self, stage: str, machine: Machine) -> StagePlan | None:
-        """What a stage will take on a machine; None where it trains nothing."""
-        return plan_of(self, stage, machine)
-
-    def check(self, stages: Sequence[str], machine: Machine) -> None:
-        """Refuse stages that cannot be trained on a machine, before they are.
-
-        Raises:
-            ConfigError: settings that do not fit each other.
-            TrainingError: more memory is needed than there is, with settings that need less.
-        """
-        check_parts(self, stages)
-        for stage in stages:
-            plan = self.plan(stage, machine)
-            if plan is not None:
-                check_fits(self, stage, plan, machine)
 
 
 def train(

@@ -14,11 +14,13 @@ from torch import nn
 
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
-from longtake.models.dit import DiT, DiTConfig
+from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
-from longtake.train.costs import Arithmetic, Cost, DiTCosts, text_encoder_cost, vae_cost
+from longtake.train.costs import Arithmetic, Cost, text_encoder_cost, vae_cost
 from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer, probes_of
+from longtake.train.dit_costs import DiTCosts
 from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
 from longtake.train.latents import ClipsPerStep
 from longtake.train.layers import LayersConfig, attention_of, layers_optimizer

@@ -1,0 +1,119 @@
+"""A recipe: the networks, the stream and the stages of a small model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from pydantic import Field, model_validator
+
+from longtake.config import Config
+from longtake.errors import ConfigError
+from longtake.models.dit_config import DiTConfig
+from longtake.models.tiny_text import TinyTextConfig
+from longtake.models.tiny_vae import TinyVAEConfig
+from longtake.stream.bundle import ModelCard
+from longtake.stream.pipeline import StreamConfig
+from longtake.train.checks import check_parts, plan_of
+from longtake.train.dit import DiTTrainingConfig
+from longtake.train.dmd import DMDConfig
+from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.fit import check_fits
+from longtake.train.layers import LayersConfig
+from longtake.train.plan import DeviceKind, Machine, StagePlan
+from longtake.train.trajectory import TrajectoryConfig
+from longtake.train.vae import VAETrainingConfig
+
+Stage = Literal[
+    "vae", "latents", "layers", "first", "windows", "memory", "trajectory", "dmd", "decoder", "export"
+]
+
+
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+PLAIN_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage not in ("memory", "layers"))
+
+
+class Recipe(Config):
+    """A small text-to-video model and how it is trained.
+
+    Args:
+        warm_start: model name or file whose weights the networks start from, also where the recipe's have
+            grown (see `train.warm_start`); None starts from scratch.
+        parent: model name or file of the dense model that latent layers learn from; None where they do not.
+        stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
+            as the parent's), first (first chunks only), windows (whole clips through the history), memory
+            (the same with clips that ask for recall), trajectory (few steps and guidance, learned from the
+            teacher's paths), dmd (the same, matched to the teacher's distribution on self-rollouts), decoder
+            (the autoencoder's decoder alone, latents untouched), export (write the model file).
+    """
+
+    name: str = Field(min_length=1)
+    level: int = Field(1, ge=1, description="highest world level it is trained for")
+    seed: int = 0
+    warm_start: str | None = None
+    parent: str | None = None
+    stages: tuple[Stage, ...] = PLAIN_STAGES
+    vae_model: TinyVAEConfig
+    text_model: TinyTextConfig
+    dit_model: DiTConfig
+    stream: StreamConfig
+    vae: VAETrainingConfig
+    first_latents: LatentCacheConfig
+    latents: LatentCacheConfig
+    held_out: LatentCacheConfig
+    layers: LayersConfig = LayersConfig()
+    first: DiTTrainingConfig
+    windows: DiTTrainingConfig
+    memory: DiTTrainingConfig = DiTTrainingConfig(num_recall_clips=2, num_clips=2, fresh_clips=True)
+    trajectory: TrajectoryConfig
+    dmd: DMDConfig
+    decoder: VAETrainingConfig
+
+    @model_validator(mode="after")
+    def _same_chunks(self) -> Recipe:
+        chunk_frames = self.stream.history.chunk_frames
+        for name in ("first_latents", "latents", "held_out"):
+            of_cache = getattr(self, name).chunk_frames
+            if of_cache != chunk_frames:
+                raise ConfigError(
+                    f"{name}.chunk_frames={of_cache}, but the stream's chunks have {chunk_frames} frames",
+                    f"set {name}.chunk_frames={chunk_frames}",
+                )
+        return self
+
+    @property
+    def card(self) -> ModelCard:
+        """The description that goes into the model file."""
+        return ModelCard(
+            name=self.name,
+            level=self.level,
+            recipe=self.model_dump_json(),
+            vae=self.vae_model,
+            text=self.text_model,
+            dit=self.dit_model,
+            stream=self.stream,
+        )
+
+    @property
+    def device(self) -> DeviceKind:
+        """Where a small model is trained."""
+        return "cpu"
+
+    def plan(self, stage: str, machine: Machine) -> StagePlan | None:
+        """What a stage will take on a machine; None where it trains nothing."""
+        return plan_of(self, stage, machine)
+
+    def check(self, stages: Sequence[str], machine: Machine) -> None:
+        """Refuse stages that cannot be trained on a machine, before they are.
+
+        Raises:
+            ConfigError: settings that do not fit each other.
+            TrainingError: more memory is needed than there is, with settings that need less.
+        """
+        check_parts(self, stages)
+        for stage in stages:
+            plan = self.plan(stage, machine)
+            if plan is not None:
+                check_fits(self, stage, plan, machine)
