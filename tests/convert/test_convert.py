@@ -18,10 +18,10 @@ from torch import Tensor
 
 from longtake.cache.latent import latent_layout
 from longtake.cli import main
+from longtake.convert.bare import load_converted
 from longtake.convert.calibrate import sample_tokens
 from longtake.convert.dense import DenseLayer, Linear
 from longtake.convert.factor import Tokens, effective_ranks, factorise
-from longtake.convert.files import load_converted
 from longtake.convert.layer import convert_layer
 from longtake.convert.network import Plan, convert_layers
 from longtake.convert.ranks import lost, ranks_for_budget, ranks_for_loss

@@ -1,4 +1,4 @@
-"""Latent attention: equal to its definition on both paths, sizes and costs as counted."""
+"""Latent attention: equal to its definition on both paths, memories, masks and storages included."""
 
 from __future__ import annotations
 
@@ -7,14 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
-from counting import counter
-from longtake.cache.base import Buffers, Entries
+from longtake.cache.base import Entries
 from longtake.cache.latent import latent_layout
-from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full_view
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
@@ -22,9 +18,7 @@ from longtake.history.pure import PureHistory
 from longtake.history.retention import MostAttendedConfig
 from longtake.history.slots import SlotHistory
 from longtake.models.dit import DiT
-from longtake.models.dit_config import wan_dit
-from longtake.models.latent import LatentAttention, LatentConfig
-from longtake.ops.latent import LatentSizes
+from longtake.models.latent import LatentAttention
 from longtake.stream.state import PromptSwitch
 from longtake.train.walk import Walk
 from tiny_parts import GRID, LATENT, MEMORY, small_dit
@@ -315,73 +309,6 @@ def test_large_scores_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
         torch.testing.assert_close(blocks, whole, atol=1e-5, rtol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    heads=st.sampled_from([1, 2, 3]),
-    rank=st.integers(2, 40),
-    past=st.integers(0, 4),
-    copies=st.integers(1, 3),
-    tokens=st.integers(1, 3),
-)
-def test_costs_are_those_that_torch_counts(
-    heads: int, rank: int, past: int, copies: int, tokens: int
-) -> None:
-    config = LatentConfig(kv_rank=rank, query_rank=None, nope_dim=7, rope_bands=(1, 1, 1))
-    width = heads * 12
-    sizes = LatentSizes(heads, rank, 7, 6, 12)
-    spec = latent_layout((rank,), config.rope(12))
-    past_tokens = past * TOKENS
-    counted = sizes.cost(copies, tokens * TOKENS, past_tokens, copies)
-    found = {}
-    for path in ("expand", "absorbed"):
-        layer = LatentAttention(width, heads, 1e-6, config.replace(path=path), rank)
-        parts = {"c": torch.randn(1, past_tokens, rank), "k_rope": torch.randn(1, past_tokens, 1, 6)}
-        phases = frame_phases([range(tokens)], GRID, spec, "cpu")
-        segments = (Entries((parts,)),) if past else ()
-        view = HistoryView(segments, phases, tokens, GRID, copies=copies)
-        x = torch.randn(copies, tokens * TOKENS, width)
-        with torch.no_grad(), counter() as count:
-            layer(x, view, 0)
-        before = 2 * x.shape[0] * x.shape[1] * width * (heads * 13 + rank + 6 + width)  # projections
-        found[path] = count.get_total_flops() - before
-        auto = LatentAttention(width, heads, 1e-6, config, rank)
-        assert auto.path(x.shape[:2], view, 0) == counted.cheapest
-    assert found["expand"] == pytest.approx(counted.expand)
-    assert found["absorbed"] == pytest.approx(counted.absorbed)
-
-
-def test_a_chunk_of_thousands_expands_and_a_single_query_does_not() -> None:
-    sizes = LatentSizes(num_heads=12, kv_rank=192, nope_dim=96, rope_dim=32, value_dim=128)
-    chunk = sizes.cost(rows=1, queries=4680, past=18 * 1560)
-    assert chunk.cheapest == "expand"
-    assert sizes.cost(rows=1, queries=1, past=18 * 1560).cheapest == "absorbed"
-    seven = sizes.cost(rows=1, queries=4680, past=4 * 1560)
-    dense = 4 * 4680 * 7 * 1560 * 1536
-    assert dense == pytest.approx(314e9, rel=0.01)  # reference: 314, 510, 314 + 11 GF at 7 frames
-    assert seven.absorbed == pytest.approx(510e9 + 2 * 4680 * 12 * 192 * 224, rel=0.02)
-    assert seven.expand == pytest.approx(dense + 2 * 7 * 1560 * 192 * 12 * 224, rel=1e-6)
-
-
-def test_a_token_takes_224_numbers_a_layer_at_wans_size_and_so_much_is_allocated() -> None:
-    dense, latent = wan_dit(), wan_dit().replace(latent=LatentConfig())
-    with torch.device("meta"):
-        specs = [DiT(config).cache_spec() for config in (dense, latent)]
-    assert [spec.numbers_per_token(0) for spec in specs] == [3072, 224]
-    assert specs[1].bytes_per_token(torch.bfloat16) == 30 * 224 * 2
-    share = specs[1].bytes_per_token(torch.bfloat16) / specs[0].bytes_per_token(torch.bfloat16)
-    assert 1 - share == pytest.approx(0.927, abs=5e-4)
-    buffers = Buffers(specs[1], 1, 64, torch.device("cpu"), torch.bfloat16)
-    assert buffers.num_bytes == 64 * specs[1].bytes_per_token(torch.bfloat16)
-
-
-def test_layers_may_have_ranks_of_their_own() -> None:
-    network = small_dit(latent=LATENT)
-    spec = network.cache_spec()
-    assert [spec.numbers_per_token(layer) for layer in (0, 1)] == [8 + 6, 10 + 6]
-    buffers = Buffers(spec, 2, 5, torch.device("cpu"), torch.float32)
-    assert buffers.num_bytes == 2 * 5 * spec.bytes_per_token(torch.float32)
-
-
 def test_dense_keys_stand_in_the_channels_of_an_original_head() -> None:
     """So a memory that was trained on per-head keys reads the same channels here."""
     layer = attention(rope_bands=(1, (1,), (0,)))
@@ -399,35 +326,3 @@ def test_dense_keys_stand_in_the_channels_of_an_original_head() -> None:
         [False, True],
         [True, False],
     ]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"kv_rank": (8,)}, "1 ranks for 2 layers"),
-        ({"kv_rank": 0}, "below 1"),
-        ({"rope_bands": (3, 1, 1)}, r"has \(2, 2, 2\) bands"),
-        ({"rope_bands": ((1, 0), 1, 1)}, "nor ascending"),
-        ({"rope_bands": (0, 0, 0)}, "leave no position"),
-        ({"debias": True}, "only int4 has errors"),
-        ({"rope_bands": (-1, 1, 1)}, "nor ascending"),
-        ({"nope_dim": 5}, "use nope_dim=6"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        small_dit(memory=MEMORY, latent=LATENT.replace(**changes))
-
-
-def test_a_memory_read_as_latents_must_fit_them() -> None:
-    for latent in (None, LATENT, LATENT.replace(kv_rank=9)):
-        with pytest.raises(ConfigError, match=r"memory.read_as_latent=\(8, 6\) does not fit"):
-            small_dit(memory=MEMORY.replace(read_as_latent=(8, 6)), latent=latent)
-
-
-def test_without_a_memory_heads_may_have_any_channels() -> None:
-    network = small_dit(latent=LATENT.replace(nope_dim=5, rope_bands=(1, 0, 0)))
-    x, text = torch.randn(1, 2, 3, *GRID), network.encode_text(torch.randn(1, 4, 8))
-    flow, entries = network(x, torch.zeros(1, 2), text, full_view(network.cache_spec(), range(2), GRID))
-    assert flow.isfinite().all()
-    assert entries.layers[1]["k_rope"].shape == (1, 2 * TOKENS, 1, 2)

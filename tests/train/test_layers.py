@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from counting import some_clips
-from longtake.convert.files import ConvertConfig, convert_bundle
+from longtake.convert.files import convert_bundle
+from longtake.convert.settings import ConvertConfig
 from longtake.errors import ConfigError
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative

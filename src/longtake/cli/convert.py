@@ -14,7 +14,7 @@ from longtake.config import Config
 from longtake.errors import UsageError
 
 if TYPE_CHECKING:
-    from longtake.convert.files import Calibration
+    from longtake.convert.settings import Calibration
 
 
 class Arguments(Config):
@@ -77,15 +77,9 @@ class Arguments(Config):
 def run(arguments: Arguments) -> int:
     """Convert; returns the exit code."""
     from longtake.cli.evaluation import config_of
-    from longtake.convert.files import (
-        ConvertConfig,
-        convert_bundle,
-        convert_weights,
-        is_bundle,
-        report_json,
-        restore_bundle,
-    )
+    from longtake.convert.files import convert_bundle, convert_weights, is_bundle, report_json, restore_bundle
     from longtake.convert.report import draw, table
+    from longtake.convert.settings import ConvertConfig
     from longtake.errors import PackageError
     from longtake.stream.bundle import read_card
 
@@ -168,7 +162,8 @@ def _calibration(arguments: Arguments, source: Path) -> Calibration | None:
     """How bare weights generate tokens; None where they need not."""
     import torch
 
-    from longtake.convert.files import Calibration, dit_config_of, read_embeddings
+    from longtake.convert.bare import dit_config_of, read_embeddings
+    from longtake.convert.settings import Calibration
     from longtake.diffusion.flow import Schedule
     from longtake.history.base import HistoryConfig
     from longtake.io.checkpoints import read_weights

@@ -152,23 +152,14 @@ def plan_layers(
             held = parents.kept_rows(count, chunk)
             parent += parents.forward(rows, chunk, num_committed=held, base_rows=count)
             layers += costs.self_attention(rows, chunk, count, count)
-    module, frozen, vae = sizes.networks(), dense.networks(frozen=True), _frozen_vae(sizes)
+    module, frozen = sizes.networks(), dense.networks(frozen=True)
     module.requires_grad_(False)
     learned = nn.ModuleList(attention_of(module.dit)).requires_grad_(True)
     optimizer = layers_optimizer(learned, config)
-    phases = [
-        Phase("latent layers", layers.beside(parent)),
-        Phase("dense parent", Cost(flops=parent.flops)),
-        *_fresh_clips(sizes, config, arithmetic),
-    ]
-    networks = {
-        "text": module.text,
-        "dit": module.dit,
-        "vae": vae,
-        "parent text": frozen.text,
-        "parent dit": frozen.dit,
-        "copy for later stages": sizes.networks(frozen=True),
-    }
+    phases = _side_by_side(("latent layers", layers), ("dense parent", parent))
+    phases += _fresh_clips(sizes, config, arithmetic)
+    networks = _beside_frozen(module, "parent", frozen, _frozen_vae(sizes))
+    networks["copy for later stages"] = sizes.networks(frozen=True)
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
 
@@ -202,7 +193,7 @@ def plan_trajectory(
             teacher += costs.forward(2 * count, chunk).times(num_levels * config.steps_per_level)
             if commits:
                 teacher += costs.forward(2 * count, chunk, num_committed=costs.kept_rows(2 * count, chunk))
-    module, frozen, vae = sizes.networks(), sizes.networks(frozen=True), _frozen_vae(sizes)
+    module, frozen = sizes.networks(), sizes.networks(frozen=True)
     optimizer = dit_optimizer(
         module,
         config.muon_learning_rate,
@@ -210,20 +201,30 @@ def plan_trajectory(
         config.loop.precision,
         only_adamw=config.optimizer,
     )
-    # Both walk side by side, so that the teacher's keys and values are there beside what the student keeps.
-    phases = [
-        Phase("student", student.beside(teacher)),
-        Phase("teacher", Cost(flops=teacher.flops)),
-        *_fresh_clips(sizes, config, arithmetic),
-    ]
-    networks = {
+    phases = _side_by_side(("student", student), ("teacher", teacher))
+    phases += _fresh_clips(sizes, config, arithmetic)
+    networks = _beside_frozen(module, "teacher", frozen, _frozen_vae(sizes))
+    return plan_stage(stage, config.loop, networks, [(module, optimizer)], phases, arithmetic, data_bytes)
+
+
+def _side_by_side(learner: tuple[str, Cost], frozen: tuple[str, Cost]) -> list[Phase]:
+    """Both walk at the same time, so that the keys and values of what is frozen are there beside what the
+    learner keeps.
+    """
+    (name, cost), (frozen_name, frozen_cost) = learner, frozen
+    return [Phase(name, cost.beside(frozen_cost)), Phase(frozen_name, Cost(flops=frozen_cost.flops))]
+
+
+def _beside_frozen(
+    module: TextToLatents, role: str, frozen: TextToLatents, vae: nn.Module
+) -> dict[str, nn.Module]:
+    return {
         "text": module.text,
         "dit": module.dit,
-        "teacher text": frozen.text,
-        "teacher dit": frozen.dit,
+        f"{role} text": frozen.text,
+        f"{role} dit": frozen.dit,
         "vae": vae,
     }
-    return plan_stage(stage, config.loop, networks, [(module, optimizer)], phases, arithmetic, data_bytes)
 
 
 @dataclass(frozen=True)

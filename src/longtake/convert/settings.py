@@ -1,0 +1,121 @@
+"""What to make of a dense model: how it is fitted, and which ranks its layers get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from longtake.cache.quantized import Storage
+from longtake.config import Config
+from longtake.convert.layer import Method
+from longtake.convert.network import Plan, layer_energies
+from longtake.convert.ranks import lost, ranks_for_budget, ranks_for_loss
+from longtake.diffusion.flow import Schedule
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.models.dit_config import DiTConfig
+from longtake.models.latent import LatentConfig
+
+
+class ConvertConfig(Config):
+    """What to make of a dense model.
+
+    Args:
+        method: see `network.Plan`.
+        kv_rank: of the latent, for all layers or one each; None is an eighth of the width, as in VideoMLA.
+        budget_bytes: that a token may leave in all caches (bf16): ranks that make the best of it.
+        max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
+        rank_multiple: chosen ranks are multiples of this.
+        query_rank: of the queries' latent; None makes queries from tokens directly.
+        nope_dim: channels without positions; None keeps as many channels a head as there were.
+        rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
+        storage, debias: see `LatentConfig`.
+        num_tokens: that every layer is fitted to; 0 fits to none.
+        num_chunks: generated for them.
+        seed: of their noise, and of method "random".
+    """
+
+    method: Method = "covariance"
+    kv_rank: int | tuple[int, ...] | None = None
+    budget_bytes: int | None = Field(default=None, ge=1)
+    max_loss: float | None = Field(default=None, gt=0, lt=1)
+    rank_multiple: int = Field(default=1, ge=1)
+    query_rank: int | None = Field(default=None, ge=1)
+    nope_dim: int | None = Field(default=None, ge=1)
+    rope_bands: tuple[int | tuple[int, ...], int | tuple[int, ...], int | tuple[int, ...]] | None = None
+    storage: Storage = "full"
+    debias: bool = False
+    num_tokens: int = Field(default=6144, ge=0)
+    num_chunks: int = Field(default=6, ge=1)
+    seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_tokens(self) -> ConvertConfig:
+        if self.method == "covariance" and self.num_tokens == 0:
+            raise ConfigError(
+                'method="covariance" with num_tokens=0 has nothing to be fitted to',
+                'use "svd", or more tokens',
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_way_to_ranks(self) -> ConvertConfig:
+        given = {
+            name: value
+            for name in ("kv_rank", "budget_bytes", "max_loss")
+            if (value := getattr(self, name)) is not None
+        }
+        if len(given) > 1:
+            raise ConfigError(f"{given} all decide on ranks", "give one of them")
+        return self
+
+    def chosen(
+        self, plan: Plan, state: Mapping[str, Tensor], samples: list[Tensor] | None
+    ) -> tuple[Plan, tuple[float, ...]]:
+        """The plan with ranks chosen, where they are to be, and what each layer is predicted to lose."""
+        energies = layer_energies(plan, state, samples)
+        if self.budget_bytes is not None:
+            ranks = ranks_for_budget(energies, self.budget_bytes, plan.latent.rope_dim, self.rank_multiple)
+        elif self.max_loss is not None:
+            ranks = ranks_for_loss(energies, self.max_loss, self.rank_multiple)
+        else:
+            ranks = plan.latent.ranks(plan.dense.num_layers)
+        if self.budget_bytes is not None or self.max_loss is not None:
+            plan = replace(plan, latent=plan.latent.replace(kv_rank=ranks))
+        return plan, tuple(lost(of_layer, rank) for of_layer, rank in zip(energies, ranks, strict=True))
+
+    def latent(self, dense: DiTConfig) -> LatentConfig:
+        """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
+        made = LatentConfig.proportional(dense.width, dense.head_dim).replace(
+            query_rank=self.query_rank, storage=self.storage, debias=self.debias
+        )
+        if self.kv_rank is not None:
+            made = made.replace(kv_rank=self.kv_rank)
+        if self.rope_bands is not None:
+            made = made.replace(rope_bands=self.rope_bands)
+        if self.nope_dim is not None:
+            return made.replace(nope_dim=self.nope_dim)
+        if made.rope_dim >= dense.head_dim:
+            raise ConfigError(
+                f"rope_bands={made.rope_bands} take all {dense.head_dim} channels of a head",
+                "use fewer bands, or give nope_dim",
+            )
+        return made.replace(nope_dim=dense.head_dim - made.rope_dim)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a bare DiT generates the tokens that conversion is fitted to.
+
+    Args:
+        embeddings_nlw: of prompts. ``latent_size``: height and width of the latents.
+        history, schedule: of its streams.
+    """
+
+    embeddings_nlw: Tensor
+    latent_size: tuple[int, int]
+    history: HistoryConfig
+    schedule: Schedule
