@@ -19,7 +19,7 @@ from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.train.excerpts import Prompts
+from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
@@ -395,16 +395,6 @@ def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any
             )
         probes["prompt_probe"] = PromptProbe(module.text.config)
     return probes
-
-
-def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
-    """Of each clip the prompt at a latent frame."""
-    return [next(text for start, text in reversed(of_clip) if start <= frame) for of_clip in prompts]
-
-
-def changed(before: Sequence[str], now: Sequence[str]) -> list[int]:
-    """Which clips' prompts differ."""
-    return [row for row, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]
 
 
 def _weighted(squared: Tensor, weight: Tensor) -> float:

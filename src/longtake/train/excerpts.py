@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,3 +122,13 @@ def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.ran
         return Excerpt(scene, start, ((0, first.caption),), True)
     start, latent = starts[int(rng.integers(len(starts)))]
     return Excerpt(scene, start, ((0, first.caption), (latent, switched.caption)), True)
+
+
+def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
+    """Of each clip the prompt at a latent frame."""
+    return [next(text for start, text in reversed(of_clip) if start <= frame) for of_clip in prompts]
+
+
+def changed(before: Sequence[str], now: Sequence[str]) -> list[int]:
+    """Which clips' prompts differ."""
+    return [row for row, (old, new) in enumerate(zip(before, now, strict=True)) if old != new]

@@ -22,7 +22,8 @@ from torch import Tensor
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import TextContext
-from longtake.train.dit import TextToLatents, changed, dit_optimizer, prompts_in_force
+from longtake.train.dit import TextToLatents, dit_optimizer
+from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig
 from longtake.train.optim import AdamWConfig
