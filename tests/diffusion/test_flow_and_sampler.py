@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from longtake.diffusion.flow import (
     Schedule,
+    Steps,
     add_noise,
     flow_target,
     nearest_sigma,
@@ -26,7 +28,7 @@ def test_the_schedule_of_self_forcing() -> None:
     plain = Schedule(steps=(1000, 750), shift=5.0, warp=False).resolve()
     assert plain.timesteps == (1000, 750)
     assert abs(plain.sigmas[1] - 0.75) < 1e-3
-    assert Schedule(steps=(1000,), shift=1.0).resolve() == ((1000.0,), (1.0,))
+    assert Schedule(steps=(1000,), shift=1.0).resolve() == Steps((1000.0,), (1.0,))
 
 
 def test_sigmas_are_looked_up_in_the_shifted_schedule() -> None:
@@ -99,6 +101,42 @@ def test_guidance_moves_away_from_the_negative() -> None:
         torch.testing.assert_close(
             guided.select([0]).layers[1]["v"], alone.layers[1]["v"], atol=1e-5, rtol=1e-5
         )
+
+
+class Pull(nn.Module):
+    """Always points to one clean latent; otherwise nothing."""
+
+    def __init__(self, clean: Tensor) -> None:
+        super().__init__()
+        self.patch_embedding = nn.Linear(1, 1)
+        self.clean = clean
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, timesteps: Tensor, *_: object) -> tuple[Tensor, None]:
+        self.seen.append(x)
+        return (x - self.clean) / (timesteps[0, 0] / 1000), None
+
+
+@pytest.mark.parametrize("path", [None, (1.0, 0.01), (0.85, 0.4)])
+def test_noise_is_kept_along_the_path_and_drawn_anew_elsewhere(path: tuple[float, float] | None) -> None:
+    steps = Schedule(steps=(1000, 900, 800, 500, 200), shift=1.0, path=path).resolve()
+    generator = torch.Generator().manual_seed(0)
+    clean, *noise = (torch.randn(1, 2, 3, 4, 4, generator=generator) for _ in range(6))
+    dit, view = Pull(clean), full_view(small_dit().cache_spec(), range(2), GRID)
+    text = TextContext(())
+    made = sample_chunk(dit, text, view, noise, steps)  # type: ignore[arg-type]
+    torch.testing.assert_close(made, clean)
+    last = 0
+    for step, (x, sigma) in enumerate(zip(dit.seen, steps.sigmas, strict=True)):
+        on_path = step > 0 and path is not None and path[1] <= sigma <= path[0]
+        last = last if on_path else step
+        torch.testing.assert_close(x, (1 - sigma) * clean + sigma * noise[last], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", [(0.4, 0.9), (1.1, 0.5), (0.5, 0.0)])
+def test_a_path_is_a_range_of_noise_levels(path: tuple[float, float]) -> None:
+    with pytest.raises(ConfigError, match="path="):
+        Schedule(path=path)
 
 
 def test_a_schedule_of_another_length_is_even() -> None:

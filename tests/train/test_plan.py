@@ -10,6 +10,7 @@ from torch import Tensor
 
 from counting import measured, some_clips
 from longtake.cli import main
+from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, TrainingError
 from longtake.models.latent import LatentConfig
 from longtake.models.tiny_vae import TinyVAE
@@ -224,6 +225,11 @@ def test_this_machine_has_memory() -> None:
         ),
         ("windows", {"num_clips": 0, "num_first_clips": 0}, "leave nothing to learn from"),
         ("dmd", {"critic_updates": 7}, r"dmd.critic_updates=7 exceeds dmd.loop.num_steps=3"),
+        (
+            "stream",
+            {"schedule": Schedule(path=(0.9, 0.4))},
+            r"stream.schedule.path=\(0.9, 0.4\).*set it to null",
+        ),
         ("vae", {"height": 20}, r"vae is 20x16, no multiple of 8x8.*use for instance 16x16"),
         ("latents", {"width": 40}, r"latents is 32x40, no multiple of 16x16.*32x32"),
         ("stream", {"height": 24}, r"stream is 24x32, no multiple of 16x16"),

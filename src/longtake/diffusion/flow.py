@@ -39,6 +39,12 @@ class Steps(NamedTuple):
 
     timesteps: tuple[float, ...]
     sigmas: tuple[float, ...]
+    path: tuple[float, float] | None = None
+    """Where noise is kept, see `Schedule`."""
+
+    def keeps_noise(self, step: int) -> bool:
+        """Whether a step after the first goes on with the noise of the one before it."""
+        return self.path is not None and self.path[1] <= self.sigmas[step] <= self.path[0]
 
 
 def steps_at(timesteps: Sequence[float], shift: float) -> Steps:
@@ -54,11 +60,22 @@ class Schedule(Config):
         shift: warps the schedule towards noise; 1 leaves it.
         warp: the steps count the shifted schedule (``warp_denoising_step: true``), so that 750 is the 250th
             of its 1000 timesteps; False takes them as timesteps.
+        path: highest and lowest noise level that a step reaches with the noise it has, along the flow's path
+            (Euler's method). All others draw new noise, as few-step generators do: that mends errors, but
+            leads what is not decided yet, such as which way a path bends, to the mean of what is possible.
+            None draws always.
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
     shift: float = Field(default=5.0, gt=0)
     warp: bool = True
+    path: tuple[float, float] | None = None
+
+    @model_validator(mode="after")
+    def _has_path(self) -> Schedule:
+        if self.path is not None and not 1 >= self.path[0] >= self.path[1] > 0:
+            raise ConfigError(f"path={self.path} is no range of noise levels", "use for instance [0.95, 0.4]")
+        return self
 
     @model_validator(mode="after")
     def _descends(self) -> Schedule:
@@ -85,10 +102,11 @@ class Schedule(Config):
 
     def resolve(self) -> Steps:
         """The timesteps and noise levels to run."""
-        if not self.warp:
-            return steps_at([float(step) for step in self.steps], self.shift)
-        shifted = shifted_sigmas(self.shift) * NUM_TRAIN_STEPS
-        return steps_at([float(shifted[NUM_TRAIN_STEPS - step]) for step in self.steps], self.shift)
+        timesteps = [float(step) for step in self.steps]
+        if self.warp:
+            shifted = shifted_sigmas(self.shift) * NUM_TRAIN_STEPS
+            timesteps = [float(shifted[NUM_TRAIN_STEPS - step]) for step in self.steps]
+        return steps_at(timesteps, self.shift)._replace(path=self.path)
 
 
 def to_clean(x: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:
@@ -99,6 +117,11 @@ def to_clean(x: Tensor, flow: Tensor, sigma: float | Tensor) -> Tensor:
 def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     """``(1 - sigma) * clean + sigma * noise``; a tensor sigma must broadcast."""
     return (1 - sigma) * clean + sigma * noise
+
+
+def noise_in(x: Tensor, clean: Tensor, sigma: float | Tensor) -> Tensor:
+    """The noise with which a clean latent makes ``x``, in float64 and then cast back; sigma is not 0."""
+    return ((x.double() - (1 - sigma) * clean.double()) / sigma).type_as(x)
 
 
 def flow_target(clean: Tensor, noise: Tensor) -> Tensor:

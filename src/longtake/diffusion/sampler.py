@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import Entries
-from longtake.diffusion.flow import Steps, add_noise, to_clean
+from longtake.diffusion.flow import Steps, add_noise, noise_in, to_clean
 from longtake.history.base import HistoryView
 from longtake.models.dit import DiT, TextContext
 
@@ -61,7 +61,7 @@ def sample_chunk(
         text, view: of the rows; under guidance of the positive rows and then the negative ones, which have
             histories of their own.
         noise: per step ``[b, f, c, h, w]``, on the network's device.
-        steps: timesteps and noise levels.
+        steps: timesteps and noise levels, and where noise is kept from step to step.
         guidance: scale of classifier-free guidance, ``negative + scale * (positive - negative)``; None for
             none.
         on_flow: called with each step's (guided) flow.
@@ -73,10 +73,12 @@ def sample_chunk(
     dtype = dit.patch_embedding.weight.dtype
     x = noise[0]
     clean = x
-    for step, (timestep, sigma) in enumerate(zip(*steps, strict=True)):
+    for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas, strict=True)):
         if step > 0:
             view = view.after_first_pass()
-            x = add_noise(clean, noise[step], sigma)
+            kept = steps.keeps_noise(step)
+            added = noise_in(x, clean, steps.sigmas[step - 1]) if kept else noise[step]
+            x = add_noise(clean, added, sigma)
         rows = x if guidance is None else torch.cat([x, x])
         flow, _ = dit(rows.to(dtype), rows.new_full(rows.shape[:2], timestep), text, view)
         if guidance is not None:

@@ -106,6 +106,12 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
     for stage in _WALKING:
         if stage in stages:
             _check_clips(recipe, stage)
+    path = recipe.stream.schedule.path
+    if path is not None and ("dmd" in stages or "trajectory" in stages):
+        raise ConfigError(
+            f"stream.schedule.path={path}: few-step generators are trained with new noise for every step",
+            "set it to null; stream.opening_schedule may have one",
+        )
     if "dmd" in stages and recipe.dmd.critic_updates > recipe.dmd.loop.num_steps:
         raise ConfigError(
             f"dmd.critic_updates={recipe.dmd.critic_updates} exceeds "
