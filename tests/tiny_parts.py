@@ -14,7 +14,7 @@ from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
 

@@ -9,7 +9,7 @@ from longtake.errors import ConfigError, nearest
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Relative
 from longtake.models.dit_config import DiTConfig, wan_dit
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig

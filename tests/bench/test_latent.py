@@ -12,7 +12,7 @@ from counting import flops_of_a_chunk
 from longtake.bench.latent import as_latent, counted_window, measured_allocation
 from longtake.cli import main
 from longtake.models.dit_config import wan_dit
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.train.dit_costs import DiTCosts
 from model_file import write_model
 from tiny_parts import small_pipeline

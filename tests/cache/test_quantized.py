@@ -19,7 +19,7 @@ from longtake.cache.quantized import (
     unpack_fp8,
     unpack_int4,
 )
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 
 
 @settings(max_examples=60, deadline=None)

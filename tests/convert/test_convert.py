@@ -30,7 +30,8 @@ from longtake.errors import CheckpointError, ConfigError
 from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full_view
 from longtake.io.checkpoints import from_own, write_safetensors_by_one
 from longtake.models.dit import DiT
-from longtake.models.latent import LatentAttention, LatentConfig
+from longtake.models.latent import LatentAttention
+from longtake.models.latent_config import LatentConfig
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
 from model_file import write_model

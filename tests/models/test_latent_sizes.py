@@ -16,7 +16,8 @@ from longtake.errors import ConfigError
 from longtake.history.base import HistoryView, frame_phases, full_view
 from longtake.models.dit import DiT
 from longtake.models.dit_config import wan_dit
-from longtake.models.latent import LatentAttention, LatentConfig
+from longtake.models.latent import LatentAttention
+from longtake.models.latent_config import LatentConfig
 from longtake.ops.latent import LatentSizes
 from tiny_parts import GRID, LATENT, MEMORY, small_dit
 

@@ -13,7 +13,7 @@ from longtake.convert.settings import ConvertConfig
 from longtake.errors import ConfigError
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.bundle import load_model
 from longtake.train.layers import LayersConfig, LayersTask

@@ -12,7 +12,7 @@ from counting import measured, some_clips
 from longtake.cli import main
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, TrainingError
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.train.dit import DiTTask

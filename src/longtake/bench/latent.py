@@ -20,7 +20,7 @@ from longtake.cache.latent import latent_layout
 from longtake.cache.quantized import Storage
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.stream.pipeline import Pipeline
 from longtake.train.dit_costs import DiTCosts
 

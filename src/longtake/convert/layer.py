@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from longtake.convert.dense import DenseLayer, Linear
 from longtake.convert.factor import Tokens, effective_ranks, factorise, root_of
-from longtake.models.latent import LatentAttention, LatentConfig
+from longtake.models.latent import LatentAttention
+from longtake.models.latent_config import LatentConfig
 
 Method = Literal["svd", "covariance", "random"]
 

@@ -12,7 +12,7 @@ from longtake.convert.factor import Tokens
 from longtake.convert.layer import Converted, Method, convert_layer, weighed_energies
 from longtake.errors import ConfigError
 from longtake.models.dit_config import DiTConfig
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit_config import DiTConfig
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 
 
 class ConvertConfig(Config):

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from longtake.config import Config
 from longtake.errors import ConfigError
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
 
 

@@ -29,9 +29,9 @@ class StreamConfig(Config):
         schedule: denoising steps.
         opening_schedule: denoising steps of a chunk that opens something, the first of a stream or the first
             under a new prompt; there is nothing yet that it could be copied from. None for `schedule`.
-        temperature: scale of the noise from which chunks that open nothing are made. What goes on is nearly
-            decided by what was; below 1 less of the model's own doubt gets into it (calmer paths, steadier
-            shapes; far below 1, slower motion).
+        temperature: scale of the noise from which chunks that open nothing are made. Below 1 less of the
+            model's own doubt gets into them: paths are calmer, but what is likely in no single chunk, as that
+            something comes back into a panning view, then never happens.
         guidance: scale of classifier-free guidance, which doubles the cost; None for none.
         opening_guidance: the same of chunks that open something, on which most of a prompt is decided; None
             for `guidance`. Where other chunks have none, both branches read the same past.

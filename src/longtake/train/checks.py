@@ -13,7 +13,7 @@ from longtake.history.evolving import EvolvingConfig
 from longtake.history.policy import PolicyConfig
 from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.models.dit import DiT
-from longtake.models.latent import LatentConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_multiple
