@@ -119,9 +119,11 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
     return (1 - sigma) * clean + sigma * noise
 
 
-def noise_in(x: Tensor, clean: Tensor, sigma: float | Tensor) -> Tensor:
-    """The noise with which a clean latent makes ``x``, in float64 and then cast back; sigma is not 0."""
-    return ((x.double() - (1 - sigma) * clean.double()) / sigma).type_as(x)
+def along_path(x: Tensor, clean: Tensor, sigma: float | Tensor, following: float | Tensor) -> Tensor:
+    """One step of Euler's method: where the straight line from a clean latent through ``x``, which is at noise
+    level sigma (not 0), is at the following level.
+    """
+    return clean + following / sigma * (x - clean)
 
 
 def flow_target(clean: Tensor, noise: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import Entries
-from longtake.diffusion.flow import Steps, add_noise, noise_in, to_clean
+from longtake.diffusion.flow import Steps, add_noise, along_path, to_clean
 from longtake.history.base import HistoryView
 from longtake.models.dit import DiT, TextContext
 
@@ -76,9 +76,10 @@ def sample_chunk(
     for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas, strict=True)):
         if step > 0:
             view = view.after_first_pass()
-            kept = steps.keeps_noise(step)
-            added = noise_in(x, clean, steps.sigmas[step - 1]) if kept else noise[step]
-            x = add_noise(clean, added, sigma)
+            if steps.keeps_noise(step):
+                x = along_path(x, clean, steps.sigmas[step - 1], sigma)
+            else:
+                x = add_noise(clean, noise[step], sigma)
         rows = x if guidance is None else torch.cat([x, x])
         flow, _ = dit(rows.to(dtype), rows.new_full(rows.shape[:2], timestep), text, view)
         if guidance is not None:

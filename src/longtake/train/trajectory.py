@@ -19,7 +19,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from longtake.diffusion.flow import Schedule
+from longtake.diffusion.flow import Schedule, along_path
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import TextContext
 from longtake.train.dit import TextToLatents, dit_optimizer
@@ -204,7 +204,7 @@ class _Pair:
             steps = torch.linspace(upper, lower, self._task.config.steps_per_level + 1).tolist()
             for above, below in pairwise(steps):
                 clean = self.teacher.predict(state, torch.full((len(state),), above))
-                state = clean + below / above * (state - clean)
+                state = along_path(state, clean, above, below)
         return torch.cat(states), state
 
     def _teachers_text(self) -> TextContext:
