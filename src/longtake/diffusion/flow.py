@@ -120,8 +120,8 @@ def add_noise(clean: Tensor, noise: Tensor, sigma: float | Tensor) -> Tensor:
 
 
 def along_path(x: Tensor, clean: Tensor, sigma: float | Tensor, following: float | Tensor) -> Tensor:
-    """One step of Euler's method: where the straight line from a clean latent through ``x``, which is at noise
-    level sigma (not 0), is at the following level.
+    """One step of Euler's method: where the straight line from a clean latent through ``x``, which is at
+    noise level sigma (not 0), is at the following level.
     """
     return clean + following / sigma * (x - clean)
 
