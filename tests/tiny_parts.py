@@ -100,7 +100,7 @@ def small_pipeline(
     seed: int = 0,
     guidance: float | None = None,
     opening: tuple[int, ...] | None = None,
-    temperature: float = 1.0,
+    temperature: float | tuple[float, ...] = 1.0,
     opening_guidance: float | None = None,
     **history: Any,
 ) -> Pipeline:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longtake.diffusion.flow import Schedule
+from longtake.diffusion.sampler import chunk_noise
 from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
 from longtake.history.compression import AverageConfig
 from longtake.history.evolving import EvolvingConfig
@@ -38,6 +39,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"opening": (1000, 800, 600, 400, 200)},
     {"opening": (1000, 700, 300), "guidance": 1.5, "temperature": 0.5},
     {"temperature": 0.7},
+    {"temperature": (1.0, 0.4)},
     {"opening_guidance": 3.0},
     {"opening_guidance": 3.0, "guidance": 1.5, "positions": Relative(f_max=6)},
     {"policy": EvolvingConfig(), "positions": Relative(f_max=10)},
@@ -187,6 +189,42 @@ def test_temperature_scales_the_noise_of_chunks_that_go_on() -> None:
         stream.state.seed = seed
         ends.append(next(stream))
     torch.testing.assert_close(ends[0].latents, ends[1].latents)
+
+
+def test_every_step_may_have_a_temperature_of_its_own() -> None:
+    """A step at temperature 0 adds no noise: what its noise is does not matter, what the other's is does."""
+    for cold in (0, 1):
+        pipeline = small_pipeline(temperature=tuple(0.0 if step == cold else 1.0 for step in range(2)))
+        made = []
+        for changed in (None, 0, 1):
+            stream = Stream(pipeline, "a red ball", 3)
+            next(stream)
+
+            def other_noise(*args: Any, changed: int | None = changed) -> list[torch.Tensor]:
+                noise = chunk_noise(*args)
+                return [-step if index == changed else step for index, step in enumerate(noise)]
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("longtake.stream.engine.chunk_noise", other_noise)
+                made.append(next(stream).latents)
+        same, differs = made[1 + cold], made[2 - cold]
+        assert torch.equal(made[0], same)
+        assert not torch.allclose(made[0], differs, atol=1e-3)
+
+
+def test_temperatures_fit_the_steps() -> None:
+    config = small_pipeline(temperature=(1.0, 0.4)).config
+    assert config.temperatures == (1.0, 0.4)
+    assert config.replace(temperature=0.7).temperatures == (0.7, 0.7)
+    assert StreamConfig.loads(config.dumps()) == config
+    with pytest.raises(ConfigError, match="3 numbers for 2 denoising steps"):
+        config.replace(temperature=(1.0, 0.7, 0.4))
+    with pytest.raises(ConfigError, match="temperature"):
+        config.replace(temperature=(1.0, -0.4))
+    pipeline = small_pipeline(temperature=(1.0, 0.4))
+    assert pipeline.with_sampler(num_steps=3).config.temperatures == (1.0, 1.0, 1.0)
+    assert pipeline.with_sampler(num_steps=2).config.temperatures == (1.0, 0.4)
+    assert small_pipeline(temperature=0.5).with_sampler(num_steps=3).config.temperature == 0.5
 
 
 @pytest.mark.parametrize("changes", SETTINGS)

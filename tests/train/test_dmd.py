@@ -111,7 +111,7 @@ def test_a_prompt_switch_reaches_all_three_networks() -> None:
 def test_rollouts_are_as_cold_as_serving() -> None:
     """Without noise, chunks after the first and after a switch follow from the past alone."""
     matched = task()
-    matched._temperature = 0.0
+    matched._temperatures = (0.0,) * len(matched._sigmas)
     first, ends = torch.randn(3, 2, 4, 4, 4), []
     for _ in range(2):
         noises = iter([first, *(torch.randn(3, 2, 4, 4, 4) for _ in range(2))])

@@ -195,6 +195,22 @@ def test_prompts_switch_where_chunks_begin_and_where_the_scene_does() -> None:
     )
 
 
+def test_a_favoured_motion_is_drawn_twice() -> None:
+    plain = LatentCacheConfig(num_latent_frames=21)
+    favours = plain.replace(favoured_motion="orbiting")
+
+    def orbits(config: LatentCacheConfig) -> list[bool]:
+        scenes = (excerpt(config, seed, 1, 4).scene for seed in range(200))
+        return [scene.segments[0].objects[0].motion == "orbiting" for scene in scenes]
+
+    once, twice = orbits(plain), orbits(favours)
+    assert all(second for first, second in zip(once, twice, strict=True) if first)
+    share = sum(once) / 200
+    assert abs(sum(twice) / 200 - (1 - (1 - share) ** 2)) < 0.08
+    kept = next(seed for seed in range(200) if once[seed])
+    assert excerpt(favours, kept, 1, 4) == excerpt(plain, kept, 1, 4)
+
+
 def test_clips_of_turns_have_the_camera_turn_round() -> None:
     config = LatentCacheConfig(num_latent_frames=21, chunk_frames=3, turns=1.0)
     shown = [excerpt(config, seed, 3, 4) for seed in range(60)]

@@ -143,8 +143,8 @@ class Engine:
             if state.pending is not None and state.pending_text is not None:
                 self._switch(state, state.pending, state.pending_text)
                 state.pending = state.pending_text = None
-        same = self._opening_steps == self._steps and config.temperature == 1
-        same = same and config.opening_guidance is None
+        same = self._opening_steps == self._steps and config.opening_guidance is None
+        same = same and all(temperature == 1 for temperature in config.temperatures)
         if same or all(opens) or not any(opens):
             clean = self._generate(states, opens[0])
         else:
@@ -183,8 +183,11 @@ class Engine:
             len(steps.timesteps),
             self.pipeline.latent_shape,
         )
-        scale = 1.0 if opening else config.temperature
-        noise = [scale * step.to(self.pipeline.device, non_blocking=True) for step in noise]
+        scales = (1.0,) * len(noise) if opening else config.temperatures
+        noise = [
+            scale * step.to(self.pipeline.device, non_blocking=True)
+            for scale, step in zip(scales, noise, strict=True)
+        ]
         dit, guided = self.pipeline.dit, guidance is not None
         text = self._stacked(texts, guided)
         # Where only openings are guided there is one history, which both branches read.

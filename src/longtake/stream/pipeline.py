@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from longtake.config import Config
 from longtake.diffusion.flow import Schedule
@@ -17,6 +17,8 @@ from longtake.history.base import HistoryConfig, check_ids_fit
 from longtake.io.checkpoints import weights_digest
 from longtake.models.dit import DiT, TextContext
 from longtake.models.protocols import TextEncoder, VideoVAE, Weighted
+
+Temperature = Annotated[float, Field(ge=0, le=2)]
 
 
 class StreamConfig(Config):
@@ -29,9 +31,11 @@ class StreamConfig(Config):
         schedule: denoising steps.
         opening_schedule: denoising steps of a chunk that opens something, the first of a stream or the first
             under a new prompt; there is nothing yet that it could be copied from. None for `schedule`.
-        temperature: scale of the noise from which chunks that open nothing are made. Below 1 less of the
-            model's own doubt gets into them: paths are calmer, but what is likely in no single chunk, as that
-            something comes back into a panning view, then never happens.
+        temperature: scale of the noise from which chunks that open nothing are made, one number or one for
+            each step of `schedule`. Below 1 less of the model's own doubt gets into them: paths are calmer,
+            but what is likely in no single chunk, as that something comes back into a panning view, then
+            never happens. The first steps decide what happens and the last ones where it is, so the last
+            ones may be colder.
         guidance: scale of classifier-free guidance, which doubles the cost; None for none.
         opening_guidance: the same of chunks that open something, on which most of a prompt is decided; None
             for `guidance`. Where other chunks have none, both branches read the same past.
@@ -44,10 +48,27 @@ class StreamConfig(Config):
     history: HistoryConfig = HistoryConfig()
     schedule: Schedule = Schedule()
     opening_schedule: Schedule | None = None
-    temperature: float = Field(default=1.0, ge=0, le=2)
+    temperature: Temperature | tuple[Temperature, ...] = 1.0
     guidance: float | None = Field(default=None, ge=0)
     opening_guidance: float | None = Field(default=None, ge=0)
     negative_prompt: str = ""
+
+    @model_validator(mode="after")
+    def _has_temperatures(self) -> StreamConfig:
+        if isinstance(self.temperature, tuple) and len(self.temperature) != len(self.schedule.steps):
+            raise ConfigError(
+                f"temperature={self.temperature} has {len(self.temperature)} numbers for "
+                f"{len(self.schedule.steps)} denoising steps",
+                "give one number, or one for each step",
+            )
+        return self
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperature of each step of `schedule`."""
+        if isinstance(self.temperature, tuple):
+            return self.temperature
+        return (self.temperature,) * len(self.schedule.steps)
 
 
 @dataclass(frozen=True)
@@ -102,7 +123,7 @@ class Pipeline:
 
         Args:
             num_steps: denoising steps of every chunk, opening ones too; where it is not the model's own
-                number, they are evenly spaced.
+                number, they are evenly spaced, and temperatures that were given step by step are 1.
             guidance: scale of classifier-free guidance of every chunk; 1 for none.
 
         Raises:
@@ -112,6 +133,8 @@ class Pipeline:
         if num_steps is not None:
             changes["schedule"] = self.config.schedule.with_num_steps(num_steps)
             changes["opening_schedule"] = None
+            if num_steps != len(self.config.schedule.steps) and isinstance(self.config.temperature, tuple):
+                changes["temperature"] = 1.0
         if guidance is not None:
             changes |= {"guidance": None if guidance == 1 else guidance, "opening_guidance": None}
         return dataclasses.replace(self, config=self.config.replace(**changes)) if changes else self

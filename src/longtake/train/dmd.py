@@ -179,7 +179,8 @@ class DMDTask:
         latent_shape: of a latent frame, (channels, height, width).
         critic: what follows the generator; a copy of the teacher where None.
         rollouts: what to show of the generator at evaluations.
-        temperature: scale of the noise of chunks that open nothing, as the generator will be served with.
+        temperatures: scale of each step's noise in chunks that open nothing, as the generator will be served
+            with; None for 1.
     """
 
     def __init__(
@@ -194,19 +195,19 @@ class DMDTask:
         latent_shape: tuple[int, int, int],
         critic: TextToLatents | None = None,
         rollouts: SampleRollouts | None = None,
-        temperature: float = 1.0,
+        temperatures: Sequence[float] | None = None,
     ) -> None:
         self.module = module
         self.critic = (copy.deepcopy(teacher) if critic is None else critic).requires_grad_(True)
         self.history = history
         self._rollouts = rollouts
-        self._temperature = temperature
         self._score_history = score_history(config, history)
         self._device = module.dit.patch_embedding.weight.device
         self._half = teacher.dit.patch_embedding.weight.dtype == torch.bfloat16
         self.config = config
         self._teacher = teacher.eval().requires_grad_(False)
         self._sigmas = schedule.resolve().sigmas
+        self._temperatures = (1.0,) * len(self._sigmas) if temperatures is None else tuple(temperatures)
         self._captions = captions
         self._held_out = held_out
         self._shape = (history.chunk_frames, *latent_shape)
@@ -335,16 +336,17 @@ class DMDTask:
                 text = self.module.encode(script.after)
                 with torch.set_grad_enabled(learn and credits_memory):
                     walk.switch(text, config.switch, learns=False)
-            scale = 1.0 if number in (0, switch) else self._temperature
+            scales = (1.0,) * len(self._sigmas) if number in (0, switch) else self._temperatures
             learns = learn and number >= script.lead
-            noisy = scale * self._noise(shape, generator)
+            noisy = scales[0] * self._noise(shape, generator)
             for index in range(exit_step + 1):
                 sigma = torch.full((script.num_clips,), self._sigmas[index], device=self._device)
                 with torch.set_grad_enabled(learns and index == exit_step):
                     clean = walk.predict(noisy, sigma, first_pass=index == 0)
                 if index < exit_step:
                     following = torch.full_like(sigma, self._sigmas[index + 1])
-                    noisy = at_sigma(clean, scale * self._noise(shape, generator), following)
+                    noise = scales[index + 1] * self._noise(shape, generator)
+                    noisy = at_sigma(clean, noise, following)
             chunks.append(clean)
             if number == total - 1:
                 break  # nobody reads it
@@ -372,11 +374,12 @@ class DMDTask:
         walk = self._walk(self.module, captions, self.history)
         shape = (len(captions), *self._shape)
         chunks = []
-        for _ in range(self.config.num_chunks):
+        for number in range(self.config.num_chunks):
             clean = torch.zeros(shape, device=self._device)
-            for index, value in enumerate(self._sigmas):
+            scales = (1.0,) * len(self._sigmas) if number == 0 else self._temperatures
+            for index, (value, scale) in enumerate(zip(self._sigmas, scales, strict=True)):
                 sigma = torch.full((len(captions),), value, device=self._device)
-                noisy = at_sigma(clean, self._noise(shape, generator), sigma)
+                noisy = at_sigma(clean, scale * self._noise(shape, generator), sigma)
                 clean = walk.predict(noisy, sigma, first_pass=index == 0)
             walk.commit(clean)
             chunks.append(clean)

@@ -12,9 +12,12 @@ from longtake.config import Config
 from longtake.world import Scene, sample_scene
 from longtake.world.captions import Split
 from longtake.world.motion import Camera
+from longtake.world.vocabulary import Motion
 
 Prompts = tuple[tuple[int, str], ...]
 """Of a clip: (latent frame from which it is in force, text), the first at 0."""
+
+_SECOND_DRAW = 1 << 36  # between the seeds of training and those of held-out clips
 
 
 class LatentCacheConfig(Config):
@@ -33,6 +36,9 @@ class LatentCacheConfig(Config):
         le=1,
         description="share of panning clips that are taken from where the camera turns round, so that "
         "something may come back within the clip",
+    )
+    favoured_motion: Motion | None = Field(
+        None, description="scenes in which nothing moves so are drawn once more: for what is learned last"
     )
     split: Split = "train"
     height: int = Field(64, ge=8)
@@ -81,7 +87,7 @@ def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Ex
         level: of the scene.
         stride: pixel frames per latent frame.
     """
-    scene = sample_scene(seed, level, config.split)
+    scene = _scene(config, seed, level)
     rng = np.random.default_rng((seed, 1))
     first, *later = scene.segments
     if later:
@@ -97,6 +103,15 @@ def excerpt(config: LatentCacheConfig, seed: int, level: int, stride: int) -> Ex
         return Excerpt(scene, 0, whole, True)
     period = round(2 * first.camera.travel / first.camera.speed)
     return Excerpt(scene, 1 + int(rng.integers(period)), whole, False)
+
+
+def _scene(config: LatentCacheConfig, seed: int, level: int) -> Scene:
+    """The scene of a seed, or another one where the favoured motion is missing from its first prompt."""
+    scene = sample_scene(seed, level, config.split)
+    motions = {item.motion for item in scene.segments[0].objects}
+    if config.favoured_motion is None or config.favoured_motion in motions:
+        return scene
+    return sample_scene(seed + _SECOND_DRAW, level, config.split)
 
 
 def _before_turn(camera: Camera, num_frames: int, rng: np.random.Generator) -> int:

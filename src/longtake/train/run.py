@@ -253,7 +253,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
         held_out,
         shape,
         rollouts=_rollouts(recipe, networks, held_out, config.num_chunks),
-        temperature=stream.temperature,
+        temperatures=stream.temperatures,
     )
     figures = run(task, config.loop, out / "dmd", seconds)
     if STOPPED_EARLY not in figures:
