@@ -34,7 +34,7 @@ DIT = DiTConfig(
 )
 
 
-def write_model(path: Path, seed: int = 0, **stream: Any) -> Path:
+def write_model(path: Path, seed: int = 0, dit: DiTConfig = DIT, **stream: Any) -> Path:
     """Write a model of SIZE x SIZE pixels whose chunks are 3 latent frames (9 pixel frames, then 12)."""
     torch.manual_seed(seed)
     settings: dict[str, Any] = {
@@ -49,7 +49,7 @@ def write_model(path: Path, seed: int = 0, **stream: Any) -> Path:
         recipe="{}",
         vae=VAE,
         text=TinyTextConfig(words=WORDS, width=8, num_layers=1, num_heads=2, max_words=7),
-        dit=DIT,
+        dit=dit,
         stream=StreamConfig(**{**settings, **stream}),
     )
     networks = build(card)

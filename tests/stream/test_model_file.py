@@ -12,19 +12,22 @@ from hypothesis import strategies as st
 
 from longtake.errors import CheckpointError
 from longtake.io.checkpoints import read_safetensors, write_safetensors
+from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.bundle import _packed, _unpacked, load_networks, save_model
-from model_file import write_model
+from model_file import DIT, write_model
 
 CONVOLUTION = "vae.encoder.fine.0.conv1.weight"
 MATRIX = "dit.blocks.0.ffn.0.weight"
+MEMORY = MemoryEncoderConfig(width=24, num_heads=2, num_frames=1, rows=2, columns=2)
 
 
-def test_encoder_and_blocks_take_a_byte_a_weight_and_everything_else_two(tmp_path: Path) -> None:
-    path = write_model(tmp_path / "model.safetensors")
+def test_encoder_blocks_and_memory_take_a_byte_a_weight_and_everything_else_two(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "model.safetensors", dit=DIT.replace(memory=MEMORY))
     stored, _ = read_safetensors(path)
+    assert any(name.startswith("dit.memory.") for name in stored)
     for name, tensor in stored.items():
         whole = name.startswith("vae.encoder.") and tensor.dim() == 4
-        whole |= name.startswith("dit.blocks.") and tensor.dim() == 2
+        whole |= name.startswith(("dit.blocks.", "dit.memory.")) and tensor.dim() == 2
         assert tensor.dtype == (torch.int8 if whole else torch.half), name
     card, networks = load_networks(path)
     again = tmp_path / "again.safetensors"

@@ -3,7 +3,7 @@
 The file is a safetensors file with tensors `vae.*`, `text.*` and `dit.*`, stored in half precision and
 computed in single, and a `ModelCard` as JSON under the metadata key `longtake`. `longtake models` reads the
 header alone. Convolutions of the VAE's encoder, which no stream runs, and the matrices of the DiT's blocks
-are stored as int8 with a scale for each output channel under `NAME.scale`.
+and of its memory are stored as int8 with a scale for each output channel under `NAME.scale`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
 
 METADATA_KEY = "longtake"
-_AS_INT8 = {"vae.encoder.": 4, "dit.blocks.": 2}
+_AS_INT8 = {"vae.encoder.": 4, "dit.blocks.": 2, "dit.memory.": 2}
 """What is stored as int8: names that begin so, of tensors with so many dimensions."""
 _SCALE = ".scale"
 
