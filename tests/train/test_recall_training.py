@@ -20,11 +20,13 @@ from longtake.stream.session import Stream
 from longtake.train.dit import DiTTask, DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.plan import Machine
+from longtake.train.probes import MemoryReading
 from longtake.train.recall import RecallSource, longest_chunks
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.walk import Walk
 from longtake.world import parse_caption
+from longtake.world.vocabulary import OBJECT_RGB
 from toy_training import CAPTIONS, DIT, HISTORY, VAE, loop, networks, recipe
 
 PLENTY = Machine("cpu", 10**15)
@@ -32,9 +34,9 @@ MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frame
 RECALLING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
 
 
-def source(**changes: object) -> RecallSource:
+def source(chunk_frames: int = 3, size: int = 16, **changes: object) -> RecallSource:
     torch.manual_seed(0)
-    config = LatentCacheConfig(chunk_frames=3, height=16, width=16)
+    config = LatentCacheConfig(chunk_frames=chunk_frames, height=size, width=size)
     settings = {"window_frames": 48, "absence": (1.0, 2.0), **changes}
     return RecallSource(TinyVAE(VAE).requires_grad_(False), config, **settings)  # type: ignore[arg-type]
 
@@ -59,6 +61,55 @@ def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> Non
     assert not any(batch.learned[:7])
     assert len(targets) == 3
     assert sum(batch.learned) < len(batch.learned)
+
+
+def test_what_is_to_come_back_is_seen_in_one_frame_and_in_no_unseen_chunk() -> None:
+    for seed in range(4):
+        batch = source(guided=True).draw(np.random.default_rng(seed), 2)
+        for prompts, guide_fkhw in zip(batch.clips.prompts, batch.clips.guide_bfkhw, strict=True):
+            target = parse_caption(prompts[1][1]).objects[0]
+            assert batch.shown_frame == prompts[2][0] - 1
+            assert batch.unseen.index(True) * 3 > prompts[2][0]
+            assert (len(batch.unseen) - 1 - batch.unseen[::-1].index(True)) * 3 == prompts[3][0]
+            colour = np.array(OBJECT_RGB[target.colour]) / 127.5 - 1
+            channels = slice(-3, None)
+            seen = guide_fkhw[batch.shown_frame, channels].sum((1, 2)).numpy()
+            covered = float(guide_fkhw[batch.shown_frame, 1].sum())
+            np.testing.assert_allclose(seen / covered, colour, atol=0.1)
+            for chunk, unseen in enumerate(batch.unseen[:-1]):
+                if unseen and chunk * 3 < prompts[3][0]:  # whatever is in view now has another colour
+                    now = guide_fkhw[3 * chunk : 3 * chunk + 3, channels].sum((0, 2, 3)).numpy()
+                    share = float(guide_fkhw[3 * chunk : 3 * chunk + 3, :2].mean(1).sum())
+                    assert not np.allclose(now / max(share, 1e-6), colour, atol=0.1)
+
+
+def test_the_memory_is_read_while_what_is_to_come_back_is_away() -> None:
+    made = remembering(memory_guide_weight=0.5, context_noise=0.0)
+    memory = MEMORY.replace(rows=2, columns=2, num_frames=2)
+    history = RECALLING.replace(positions=Relative(f_max=6))
+    module = networks(DIT.replace(memory=memory))
+    draws = source(chunk_frames=2, size=32, guided=True)
+    task = DiTTask(module, history, made.memory, None, None, some_clips(), recall=draws)
+    assert task._memory_probe is not None
+    batch = draws.draw(np.random.default_rng(0), 2)
+    size = batch.clips.latents_bfchw.shape[-2:]
+    assert module.dit.token_grid(*size) == (2, 2)
+    reading = MemoryReading(batch, task._memory_probe, 2)
+    generator = torch.Generator().manual_seed(0)
+    task._walk(batch.clips, len(batch.learned), 1.0, generator, reading)
+    assert len(reading.errors) == sum(batch.unseen)
+    torch.stack(reading.errors).mean().backward()
+    network = module.dit.memory
+    assert network is not None
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 0, name
+    assert task._memory_probe.weight.grad is not None
+    whole, figures = task.loss(0, 0.0)
+    assert "memory_guide" in figures
+    task.config = task.config.replace(memory_guide_weight=0.0)
+    without, _ = task.loss(0, 0.0)
+    assert float(whole.detach() - without.detach()) == pytest.approx(0.5 * figures["memory_guide"], rel=1e-3)
 
 
 def test_chunks_begin_where_serving_has_them() -> None:
@@ -188,6 +239,13 @@ def test_recall_clips_are_planned_and_halved() -> None:
         (lambda: remembering(recall_absence=(0.5, 1.0)), "no range of absences"),
         (lambda: remembering(fresh_clips=False), "rendered anew"),
         (lambda: remembering().replace(dit_model=DIT), "needs a learned memory"),
+        (lambda: remembering(num_recall_clips=0, memory_guide_weight=1.0), "that nothing asks for"),
+        (
+            lambda: remembering(memory_guide_weight=1.0).replace(
+                dit_model=DIT.replace(memory=MEMORY.replace(rows=3))
+            ),
+            "a memory of 3 x 1 tokens as a frame of",
+        ),
         (lambda: remembering().replace(stream=recipe().stream), "teaches a policy that learns"),
         (lambda: with_policy(EvolvingConfig(mode="prior")), 'in mode "prior"'),
         (lambda: with_policy(EvolvingConfig(timing="second_pass")), "passes that follow each other"),

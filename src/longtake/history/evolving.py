@@ -23,7 +23,8 @@ from longtake.history.policy import (
     spread,
 )
 
-_STATE = "memory"
+STATE = "memory"
+"""Name of the memory tokens `[b, m, w]` in the policy's state."""
 
 
 class EvolvingConfig(PolicyConfig):
@@ -124,7 +125,7 @@ class EvolvingPolicy(Policy):
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """The learned initial state."""
-        return {_STATE: self._network.initial(batch).to(device, dtype)}
+        return {STATE: self._network.initial(batch).to(device, dtype)}
 
     def readable(self, num_evicted: int) -> bool:
         """From the start, or once something was absorbed."""
@@ -136,10 +137,10 @@ class EvolvingPolicy(Policy):
             return state
         [layer] = self.source_layers
         keys, values = self._dense(layer, evicted.entries.layers[layer])
-        return {_STATE: self._network(state[_STATE], keys, values).type_as(state[_STATE])}
+        return {STATE: self._network(state[STATE], keys, values).type_as(state[STATE])}
 
     def read(self, state: PolicyState) -> Entries:
         """The same entries for every layer that reads."""
-        read = self._network.read(state[_STATE])
+        read = self._network.read(state[STATE])
         assert self._grid.layers is not None
         return Entries(tuple(read if i in self._grid.layers else {} for i in range(self._num_layers)))

@@ -195,6 +195,8 @@ def _check_clips(recipe: Recipe, stage: str) -> None:
             "history's is unlimited",
             "set stream.history.window_frames",
         )
+    if isinstance(config, DiTTrainingConfig) and config.memory_guide_weight > 0:
+        _check_memory_guide(recipe, stage)
     if not config.walks and not recalls:
         raise ConfigError(
             f"{stage}.num_clips=0 and {stage}.num_first_clips=0 leave nothing to learn from", "raise either"
@@ -214,6 +216,19 @@ def _check_clips(recipe: Recipe, stage: str) -> None:
                 f"{max(cache.first_seed, recipe.held_out.first_seed)}",
                 f"set held_out.first_seed={cache.first_seed + cache.num_clips} or more",
             )
+
+
+def _check_memory_guide(recipe: Recipe, stage: str) -> None:
+    """The guide of a frame is read off memory tokens that stand where the frame's tokens do."""
+    memory, stride = recipe.dit_model.memory, recipe.vae_model.spatial_stride
+    _, height, width = recipe.dit_model.patch_size
+    grid = (recipe.stream.height // (stride * height), recipe.stream.width // (stride * width))
+    if memory is not None and (memory.rows, memory.columns) != grid:
+        raise ConfigError(
+            f"{stage}.memory_guide_weight={getattr(recipe, stage).memory_guide_weight} reads a memory of "
+            f"{memory.rows} x {memory.columns} tokens as a frame of {grid[0]} x {grid[1]}",
+            f"set dit_model.memory.rows={grid[0]} and columns={grid[1]}, or the weight to 0",
+        )
 
 
 def _overlap(one: LatentCacheConfig, other: LatentCacheConfig) -> bool:

@@ -5,9 +5,7 @@ Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +18,10 @@ from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.excerpts import changed, prompts_in_force
-from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
+from longtake.train.probes import MemoryReading, probes_of, token_guide_error
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.prompts import EmbeddedPrompts
 from longtake.train.recall import RecallSource
@@ -60,6 +58,12 @@ class DiTTrainingConfig(ClipsPerStep):
         0.0, ge=0, description="of the error of reading off tokens where objects are and go; fresh clips only"
     )
     guide_layer: int = Field(2, ge=0, description="layer whose tokens are read")
+    memory_guide_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of the error of reading off the memory, while it is away, where what is to come back "
+        "was; needs clips that ask for recall",
+    )
     prompt_guide_weight: float = Field(
         0.0, ge=0, description="of the error of reading off the text encoder's tokens what prompts ask for"
     )
@@ -97,7 +101,17 @@ class DiTTrainingConfig(ClipsPerStep):
                 f"num_recall_clips={self.num_recall_clips} are rendered anew for every step",
                 "set fresh_clips=true",
             )
+        if self.memory_guide_weight > 0 and self.num_recall_clips == 0:
+            raise ConfigError(
+                f"memory_guide_weight={self.memory_guide_weight} reads memories that nothing asks for",
+                "set num_recall_clips, or memory_guide_weight=0",
+            )
         return self
+
+    @property
+    def guided(self) -> bool:
+        """Whether clips are to come with their guide."""
+        return self.guide_weight > 0 or self.memory_guide_weight > 0
 
     def copies_of(self, num_chunks: int) -> int:
         """Noisy copies of each chunk of clips that are walked so far."""
@@ -161,11 +175,13 @@ class DiTTask:
         self.networks = module
         self.module: nn.Module = module
         self._probe: nn.Linear | None = None
+        self._memory_probe: nn.Linear | None = None
         self._prompt_probe: PromptProbe | None = None
         probes = probes_of(module, config)
         if probes:
             self.module = nn.ModuleDict({"networks": module, **probes})
             self._probe, self._prompt_probe = probes.get("probe"), probes.get("prompt_probe")
+            self._memory_probe = probes.get("memory_probe")
         self._rollouts = rollouts
         self.history = history
         self.config = config
@@ -199,7 +215,8 @@ class DiTTask:
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
         if self.recall is not None:
             batch = self.recall.draw(rng, config.num_recall_clips)
-            asked = self._walk(batch.clips, len(batch.learned), weight, generator, batch.learned)
+            reading = MemoryReading(batch, self._memory_probe, self.networks.dit.config.patch_size[-1])
+            asked = self._walk(batch.clips, len(batch.learned), weight, generator, reading)
             parts += asked
             weights += [1.0] * len(asked)
         shares = torch.tensor(weights) / sum(weights)
@@ -213,6 +230,10 @@ class DiTTask:
             guide = torch.stack(read).mean()
             loss = loss + config.guide_weight * guide
             figures["guide"] = float(guide.detach())
+        if self.recall is not None and reading.errors:
+            memory_guide = torch.stack(reading.errors).mean()
+            loss = loss + config.memory_guide_weight * memory_guide
+            figures["memory_guide"] = float(memory_guide.detach())
         if self._prompt_probe is not None and isinstance(self.networks.text, TinyTextEncoder):
             prompt_guide = self._prompt_probe(self.networks.text, prompts)
             loss = loss + config.prompt_guide_weight * prompt_guide
@@ -225,7 +246,7 @@ class DiTTask:
         num_chunks: int,
         foreground_weight: float,
         generator: torch.Generator,
-        learned: Sequence[bool] | None = None,
+        recall: MemoryReading | None = None,
     ) -> list[_Errors]:
         """The errors of every chunk of the clips, or of those that are learned; the others are committed."""
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
@@ -238,6 +259,7 @@ class DiTTask:
         captions = prompts_in_force(prompts, 0)
         text = self.networks.encode(captions)
         dit, size = self.networks.dit, latents.shape[-2:]
+        patch = dit.config.patch_size[-1]
         recompute = config.loop.recompute == "blocks"
         walk = Walk(dit, self.history, text, num_clips, *size, recompute=recompute)
         told = torch.tensor(clips.opens, dtype=torch.float32)
@@ -249,7 +271,9 @@ class DiTTask:
             if switched:
                 walk.switch(self.networks.encode(captions), config.switch, switched)
             clean = latents[:, span]
-            if learned is not None and not learned[chunk]:
+            if recall is not None:
+                recall.read(walk, chunk)
+            if recall is not None and not recall.batch.learned[chunk]:
                 walk.commit(clean, learns=False)
                 continue
             sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)
@@ -268,7 +292,7 @@ class DiTTask:
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
             guide = None
             if reading is not None and self._probe is not None and clips.guide_bfkhw is not None:
-                guide = self._guide_error(self._probe, reading.tokens, clips.guide_bfkhw[:, span])
+                guide = token_guide_error(self._probe, reading.tokens, clips.guide_bfkhw[:, span], patch)
             results.append((*errors, guide))
         return results
 
@@ -285,13 +309,6 @@ class DiTTask:
             sigma = torch.full((len(clean),), value)
             clean = walk.predict(at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma), sigma)
         return clean
-
-    def _guide_error(self, probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor) -> Tensor:
-        """Error of what the probe reads off the tokens, those of objects counting five times."""
-        target_buk = guide_tokens(guide_bfkhw.float(), self.networks.dit.config.patch_size[-1])
-        target = target_buk.repeat(len(tokens_ruw) // len(target_buk), 1, 1)
-        normed = nn.functional.layer_norm(tokens_ruw, tokens_ruw.shape[-1:])
-        return torch.stack(list(guide_errors(probe(normed), target, -1).values())).mean()
 
     def _errors(
         self,
@@ -369,32 +386,6 @@ class _Reading:
     def __call__(self, layer: int, tokens_ruw: Tensor) -> None:
         if layer == self._layer:
             self.tokens = tokens_ruw
-
-
-def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any]:
-    """What reads a layer's tokens and the prompts' tokens, trained beside the networks, where asked for.
-
-    Raises:
-        ConfigError: a layer too many, or prompts that were embedded before.
-    """
-    probes: dict[str, nn.Module] = {}
-    dit = module.dit.config
-    if config.guide_weight > 0:
-        if config.guide_layer >= dit.num_layers:
-            raise ConfigError(
-                f"guide_layer={config.guide_layer}, but the DiT has {dit.num_layers} layers",
-                "use one of its layers",
-            )
-        _, height, width = dit.patch_size
-        probes["probe"] = nn.Linear(dit.width, height * width * NUM_GUIDE_CHANNELS)
-    if config.prompt_guide_weight > 0:
-        if not isinstance(module.text, TinyTextEncoder):
-            raise ConfigError(
-                f"prompt_guide_weight={config.prompt_guide_weight} needs a text encoder that is trained",
-                "set it to 0",
-            )
-        probes["prompt_probe"] = PromptProbe(module.text.config)
-    return probes
 
 
 def _weighted(squared: Tensor, weight: Tensor) -> float:

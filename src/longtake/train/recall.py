@@ -27,10 +27,19 @@ _NUM_SEEDS = 1 << 30
 
 @dataclass(frozen=True)
 class RecallBatch:
-    """Clips of one length, and for every chunk whether it is learned from or only committed."""
+    """Clips of one length that do the same at the same time.
+
+    Attributes:
+        clips: of recall scenes.
+        learned: of every chunk whether it is learned from or only committed.
+        shown_frame: last latent frame of the view that is to come back.
+        unseen: of every chunk whether that view has left the window before it and not come back.
+    """
 
     clips: Clips
     learned: tuple[bool, ...]
+    shown_frame: int
+    unseen: tuple[bool, ...]
 
 
 @dataclass(frozen=True)
@@ -86,8 +95,13 @@ class RecallSource:
         ]
         away, back = self._chunk_at(scenes[0].away_from), self._chunk_at(scenes[0].back_from)
         leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
-        learned = tuple(chunk >= back or away <= chunk < away + leaving for chunk in range(num_chunks))
-        return RecallBatch(encode_clips(self.vae, excerpts, config, self.guided), learned)
+        chunks = range(num_chunks)
+        return RecallBatch(
+            encode_clips(self.vae, excerpts, config, self.guided),
+            learned=tuple(chunk >= back or away <= chunk < away + leaving for chunk in chunks),
+            shown_frame=away * config.chunk_frames - 1,
+            unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
+        )
 
     def _boundary(self, frame: int) -> int:
         """First pixel frame of the first chunk that begins at or after a frame."""

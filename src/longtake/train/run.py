@@ -216,7 +216,7 @@ def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> R
         recipe.latents,
         window * recipe.vae_model.temporal_stride,
         config.recall_absence,
-        config.guide_weight > 0,
+        config.guided,
     )
 
 
@@ -267,7 +267,7 @@ def _load_clips(
     """First chunks and whole clips, where the stage reads any, and held-out clips."""
     chunk_frames = recipe.stream.history.chunk_frames
     num_frames = config.num_chunks * chunk_frames
-    guided = isinstance(config, DiTTrainingConfig) and config.guide_weight > 0
+    guided = isinstance(config, DiTTrainingConfig) and config.guided
 
     def source(name: str, count: int, frames: int) -> ClipSource | None:
         if count == 0:

@@ -18,6 +18,7 @@ from torch import Tensor
 from longtake.diffusion.flow import NUM_TRAIN_STEPS, add_noise
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
+from longtake.history.policy import PolicyState
 from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
 from longtake.stream.state import PromptSwitch
@@ -135,6 +136,11 @@ class Walk:
         nowhere else: a chain of such commits costs no activations of the DiT.
         """
         self._forward(context_bfchw[:0], context_bfchw.new_zeros(0), context_bfchw, learns=learns)
+
+    @property
+    def policy_state(self) -> PolicyState:
+        """What the policy made of the frames that left so far; empty before the first commit."""
+        return {} if self._history.state is None else self._history.state
 
     def detach(self) -> None:
         """Cuts all that was committed off from gradients, a memory's state included."""
