@@ -36,6 +36,39 @@ def encoder(seed: int = 1) -> MemoryEncoder:
     return made
 
 
+def test_a_cell_takes_in_its_own_part_of_the_picture() -> None:
+    """As the published update of every cell alone, which knows no places."""
+    whole = encoder()
+    torch.manual_seed(1)
+    cells = MemoryEncoder(whole.config.replace(attends="cell"))
+    cells.load_state_dict(whole.state_dict())
+    generator = torch.Generator().manual_seed(2)
+    state = torch.randn(2, 12, 24, generator=generator)
+    keys, values = torch.randn(2, 2, 3 * 4 * 6, 2, 12, generator=generator)
+    updated = cells(state, keys, values, (4, 6)).unflatten(1, (2, 2, 3))
+    frames = [x.unflatten(1, (3, 4, 6)) for x in (keys, values)]
+    for row in range(2):
+        for column in range(3):
+            own = [x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].flatten(1, 3) for x in frames]
+            expected = whole(state.unflatten(1, (2, 2, 3))[:, :, row, column], *own)
+            torch.testing.assert_close(updated[:, :, row, column], expected)
+    # Nothing goes from one part of the picture to another.
+    frames[1][:, :, 0, 0] += 1
+    moved = cells(state, keys, frames[1].flatten(1, 3), (4, 6)).unflatten(1, (2, 2, 3))
+    same = (moved == updated).all(-1)
+    assert not same[:, :, 0, 0].any()
+    same[:, :, 0, 0] = True
+    assert same.all()
+
+
+def test_cells_that_do_not_divide_a_frame_are_refused() -> None:
+    network = MemoryEncoder(encoder().config.replace(rows=3, attends="cell"))
+    surroundings = Surroundings(dense_layout(2, 2, 12), (4, 6), network)
+    with pytest.raises(ConfigError, match="3 x 3 cells does not divide frames of 4 x 6"):
+        EvolvingConfig().make(surroundings)
+    EvolvingConfig(mode="prior").make(surroundings)  # takes nothing in
+
+
 def policy(
     mode: Literal["update", "prior", "off"] = "update",
     network: MemoryEncoder | None = None,

@@ -107,6 +107,9 @@ class EvolvingPolicy(Policy):
         layout = surroundings.memory_layout
         self._grid = MemoryGrid.regular(*grid, layers=readers, shared=True, layout=layout)
         self._num_layers = num_layers
+        self._frame_grid = surroundings.grid
+        if self.config.mode == "update":
+            self._network.check_grid(surroundings.grid)
 
     @property
     def memory_grid(self) -> MemoryGrid | None:
@@ -137,7 +140,8 @@ class EvolvingPolicy(Policy):
             return state
         [layer] = self.source_layers
         keys, values = self._dense(layer, evicted.entries.layers[layer])
-        return {STATE: self._network(state[STATE], keys, values).type_as(state[STATE])}
+        state_bmw = state[STATE]
+        return {STATE: self._network(state_bmw, keys, values, self._frame_grid).type_as(state_bmw)}
 
     def read(self, state: PolicyState) -> Entries:
         """The same entries for every layer that reads."""

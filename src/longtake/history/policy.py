@@ -156,8 +156,11 @@ class MemoryNetwork(Protocol):
     def initial(self, batch: int) -> Tensor:
         """The state of streams that have evicted nothing, ``[b, m, w]``."""
 
-    def __call__(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
-        """The state after evicted entries of the source layer."""
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ConfigError where frames of so many rows and columns of tokens cannot be taken in."""
+
+    def __call__(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The state after evicted entries of the source layer, of frames of so many rows and columns."""
 
     def read(self, state_bmw: Tensor) -> Mapping[str, Tensor]:
         """Un-rotated entries ``[b, m, ...]`` for every layer."""

@@ -4,12 +4,16 @@
 This module holds parameters and arithmetic; a stream holds the state, and `history/evolving.py` says when it
 is updated and read.
 
-Legend: b rows, m memory tokens, k evicted tokens, h heads, d head dim, w width.
+Legend: b rows, m memory tokens, n memory frames, k evicted tokens of f frames, r/c rows and columns of the
+memory, y/x those of a cell, h heads, d head dim, w width.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from einops import rearrange
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -30,6 +34,9 @@ class MemoryEncoderConfig(Config):
         num_frames: frame-equivalents of memory.
         rows, columns: of the grid that the memory tokens of a frame stand on, whatever the video's own.
         num_layers: of attention and feed-forward over evicted entries.
+        attends: "all" evicted tokens, as published; or those of its "cell" alone, the part of the picture
+            that a memory token stands in the middle of. The memory then is a picture from the first step on,
+            where otherwise it has to learn what comes from where, and its attention costs next to nothing.
         ffn_ratio: width of the feed-forward over that of the DiT.
         gate_bias: of the gate before training; 2 keeps 88 % of the old state.
         normalize_keys: RMS norm of the keys that are read.
@@ -44,6 +51,7 @@ class MemoryEncoderConfig(Config):
     rows: int = Field(gt=0)
     columns: int = Field(gt=0)
     num_layers: int = Field(default=2, ge=1)
+    attends: Literal["all", "cell"] = "all"
     ffn_ratio: int = Field(default=4, ge=1)
     gate_bias: float = 2.0
     normalize_keys: bool = False
@@ -127,13 +135,44 @@ class MemoryEncoder(nn.Module):
         """The state ``[b, m, w]`` of streams that have evicted nothing; gradients reach `query_init`."""
         return self.query_init.expand(batch, -1, -1).clone()
 
-    def forward(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Refuses a video's tokens per frame (rows, columns) that do not split into the memory's cells.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        rows, columns = self.config.rows, self.config.columns
+        if self.config.attends == "cell" and (grid[0] % rows or grid[1] % columns):
+            raise ConfigError(
+                f"a memory of {rows} x {columns} cells does not divide frames of {grid[0]} x {grid[1]} "
+                "tokens",
+                'use memory.rows and memory.columns that do, or memory.attends="all"',
+            )
+
+    def forward(
+        self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """The state after some frames have left the window (equations 2 to 4 of the paper).
 
         Args:
             state_bmw: before.
             k_bkhd, v_bkhd: evicted entries of one layer of the DiT, keys after their norm and un-rotated.
+            grid: their tokens per frame (rows, columns); needed where tokens attend to cells.
         """
+        if self.config.attends == "all":
+            return self._updated(state_bmw, k_bkhd, v_bkhd)
+        assert grid is not None, "cells are parts of a grid"
+        rows, columns = self.config.rows, self.config.columns
+        cells = {"r": rows, "c": columns, "y": grid[0] // rows, "x": grid[1] // columns}
+        k_bkhd, v_bkhd = (
+            rearrange(entries, "b (f r y c x) h d -> (b r c) (f y x) h d", **cells)
+            for entries in (k_bkhd, v_bkhd)
+        )
+        folded = rearrange(state_bmw, "b (n r c) w -> (b r c) n w", r=rows, c=columns)
+        updated = self._updated(folded, k_bkhd, v_bkhd)
+        return rearrange(updated, "(b r c) n w -> b (n r c) w", r=rows, c=columns)
+
+    def _updated(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
         candidate_bmw = state_bmw
         for layer in self.layers:
             candidate_bmw = layer(candidate_bmw, k_bkhd, v_bkhd)

@@ -78,7 +78,8 @@ class DiTCosts:
         evicted = self._evicted_frames(chunk) * self.frame_tokens
         if evicted == 0 or policy.mode != "update":
             return read, 0.0
-        layer = tokens * (4 * width**2 + 4 * memory.ffn_ratio * width**2 + 4 * evicted * width)
+        attended = evicted / (memory.rows * memory.columns) if memory.attends == "cell" else evicted
+        layer = tokens * (4 * width**2 + 4 * memory.ffn_ratio * width**2 + 4 * attended * width)
         source = 0.0
         if self._latent:
             sizes = self._latent[policy.source_layer]
