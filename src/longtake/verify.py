@@ -246,7 +246,7 @@ def _verify_memory(recording: Recording) -> dict[str, float]:
     for update in range(num_updates):
         state = encoder(state, recording.tensor("evicted_k")[update], recording.tensor("evicted_v")[update])
         states.append(state)
-        read = encoder.read(state)
+        [read] = encoder.read(state)
         keys.append(read["k"])
         values.append(read["v"])
     return {

@@ -136,6 +136,45 @@ def test_both_histories_give_the_same(
         torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
 
 
+def of_layers(shared: MemoryEncoder, num_readings: int = 2) -> MemoryEncoder:
+    """The same memory with keys and values of each layer's own, which are alike."""
+    made = MemoryEncoder(shared.config.replace(num_readings=num_readings))
+    repeated = {
+        name: torch.cat([tensor] * num_readings) if name.startswith(("to_k", "to_v")) else tensor
+        for name, tensor in shared.state_dict().items()
+    }
+    made.load_state_dict(repeated)
+    return made
+
+
+@pytest.mark.parametrize("readers", ["all", (1,)])
+def test_every_layer_may_have_a_reading_of_its_own(readers: object) -> None:
+    dit, shared = small_dit(), encoder()
+    own = of_layers(shared, 2 if readers == "all" else 1)
+    with torch.no_grad():
+        expected = functional(dit, policy(network=shared, read_layers=readers))
+        for run in (functional, in_place):
+            alike = run(dit, policy(network=own, read_layers=readers))
+            for ours, wanted in zip(alike, expected, strict=True):
+                torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
+        if readers == "all":
+            own.to_v.weight[24:].normal_()  # of the second layer alone
+            history = PureHistory(CONFIG, dit.cache_spec(), GRID, policy=policy(network=own))
+            first, second = history.policy.read({"memory": own.initial(1)}).layers
+            [wanted_entries] = shared.read(shared.initial(1))
+            torch.testing.assert_close(first["v"], wanted_entries["v"])
+            assert not torch.allclose(second["v"], wanted_entries["v"])
+            changed = functional(dit, policy(network=own))
+            assert not torch.allclose(changed[-1], expected[-1], atol=1e-3)
+            for ours, wanted in zip(in_place(dit, policy(network=own)), changed, strict=True):
+                torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_readings_that_do_not_fit_the_layers_are_refused() -> None:
+    with pytest.raises(ConfigError, match="are 1 layers, and the memory has 2 readings"):
+        policy(network=of_layers(encoder()), read_layers=(1,))
+
+
 def test_off_is_the_plain_window_exactly() -> None:
     dit = small_dit()
     for run in (in_place, functional):

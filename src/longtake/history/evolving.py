@@ -104,8 +104,14 @@ class EvolvingPolicy(Policy):
         assert surroundings.memory is not None
         self._network: MemoryNetwork = surroundings.memory
         self._dense = surroundings.dense
+        readings = self._network.num_readings
+        if readings not in (1, len(readers)):
+            raise ConfigError(
+                f"read_layers={named} are {len(readers)} layers, and the memory has {readings} readings",
+                f"use memory.num_readings=1 or {len(readers)}",
+            )
         layout = surroundings.memory_layout
-        self._grid = MemoryGrid.regular(*grid, layers=readers, shared=True, layout=layout)
+        self._grid = MemoryGrid.regular(*grid, layers=readers, shared=readings == 1, layout=layout)
         self._num_layers = num_layers
         self._frame_grid = surroundings.grid
         if self.config.mode == "update":
@@ -144,7 +150,11 @@ class EvolvingPolicy(Policy):
         return {STATE: self._network(state_bmw, keys, values, self._frame_grid).type_as(state_bmw)}
 
     def read(self, state: PolicyState) -> Entries:
-        """The same entries for every layer that reads."""
-        read = self._network.read(state[STATE])
-        assert self._grid.layers is not None
-        return Entries(tuple(read if i in self._grid.layers else {} for i in range(self._num_layers)))
+        """The same entries for every layer that reads, or those of each."""
+        readers = self._grid.layers
+        assert readers is not None
+        readings = list(self._network.read(state[STATE]))
+        if len(readings) == 1:
+            readings *= len(readers)
+        by_layer = dict(zip(readers, readings, strict=True))
+        return Entries(tuple(by_layer.get(i, {}) for i in range(self._num_layers)))

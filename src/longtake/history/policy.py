@@ -162,8 +162,12 @@ class MemoryNetwork(Protocol):
     def __call__(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor, grid: tuple[int, int]) -> Tensor:
         """The state after evicted entries of the source layer, of frames of so many rows and columns."""
 
-    def read(self, state_bmw: Tensor) -> Mapping[str, Tensor]:
-        """Un-rotated entries ``[b, m, ...]`` for every layer."""
+    @property
+    def num_readings(self) -> int:
+        """Sets of entries that `read` makes: one for all layers, or one for each that reads."""
+
+    def read(self, state_bmw: Tensor) -> Sequence[Mapping[str, Tensor]]:
+        """Each reading's un-rotated entries ``[b, m, ...]``."""
 
 
 def as_stored(layer: int, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

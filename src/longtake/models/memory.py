@@ -39,6 +39,9 @@ class MemoryEncoderConfig(Config):
             where otherwise it has to learn what comes from where, and its attention costs next to nothing.
         ffn_ratio: width of the feed-forward over that of the DiT.
         gate_bias: of the gate before training; 2 keeps 88 % of the old state.
+        num_readings: sets of keys and values that the state is projected to: 1, which all layers that read
+            share, as published; or one for each of them, so that a memory can be to every layer what a past
+            frame is.
         normalize_keys: RMS norm of the keys that are read.
         read_as_latent: sizes of the latent and of the rotary key that the memory is read as, where it is not
             as per-head keys and values; those of the DiT's latent attention.
@@ -54,6 +57,7 @@ class MemoryEncoderConfig(Config):
     attends: Literal["all", "cell"] = "all"
     ffn_ratio: int = Field(default=4, ge=1)
     gate_bias: float = 2.0
+    num_readings: int = Field(default=1, ge=1)
     normalize_keys: bool = False
     read_as_latent: tuple[int, int] | None = None
     eps: float = Field(default=1e-6, gt=0)
@@ -116,15 +120,16 @@ class MemoryEncoder(nn.Module):
         )
         self.gate_linear = nn.Linear(2 * width, width)
         nn.init.constant_(self.gate_linear.bias, config.gate_bias)
+        readings = config.num_readings
         if config.read_as_latent is None:
-            self.to_k = nn.Linear(width, width)
-            self.to_v = nn.Linear(width, width)
+            self.to_k = nn.Linear(width, readings * width)
+            self.to_v = nn.Linear(width, readings * width)
             self.norm_k_out = RMSNorm(width, config.eps) if config.normalize_keys else nn.Identity()
         else:
             rank, rope_dim = config.read_as_latent
-            self.to_c = nn.Linear(width, rank)
+            self.to_c = nn.Linear(width, readings * rank)
             self.norm_c = RMSNorm(rank, config.eps)
-            self.to_k_rope = nn.Linear(width, rope_dim)
+            self.to_k_rope = nn.Linear(width, readings * rope_dim)
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -181,13 +186,23 @@ class MemoryEncoder(nn.Module):
         updated_bmw: Tensor = gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
         return updated_bmw
 
-    def read(self, state_bmw: Tensor) -> dict[str, Tensor]:
-        """Un-rotated keys and values ``k`` and ``v`` ``[b, m, h, d]``, the same for every layer of the DiT;
-        or latents ``c`` ``[b, m, rank]`` and ``k_rope`` ``[b, m, 1, rope_dim]``.
+    @property
+    def num_readings(self) -> int:
+        """Sets of entries that `read` makes."""
+        return self.config.num_readings
+
+    def read(self, state_bmw: Tensor) -> list[dict[str, Tensor]]:
+        """For each reading un-rotated keys and values ``k`` and ``v`` ``[b, m, h, d]``; or latents ``c``
+        ``[b, m, rank]`` and ``k_rope`` ``[b, m, 1, rope_dim]``.
         """
         if self.config.read_as_latent is not None:
-            key_bm1p = self.to_k_rope(state_bmw).unsqueeze(2)
-            return {CONTENT: self.norm_c(self.to_c(state_bmw)), ROPE_KEY: key_bm1p}
+            latents = (self.norm_c(c) for c in self._readings(self.to_c(state_bmw)))
+            rope_keys = (key_bmp.unsqueeze(2) for key_bmp in self._readings(self.to_k_rope(state_bmw)))
+            return [{CONTENT: c, ROPE_KEY: key} for c, key in zip(latents, rope_keys, strict=True)]
         heads = (self.config.num_heads, -1)
-        keys = torch.unflatten(self.norm_k_out(self.to_k(state_bmw)), -1, heads)
-        return {"k": keys, "v": torch.unflatten(self.to_v(state_bmw), -1, heads)}
+        keys = (torch.unflatten(self.norm_k_out(k), -1, heads) for k in self._readings(self.to_k(state_bmw)))
+        values = (torch.unflatten(v, -1, heads) for v in self._readings(self.to_v(state_bmw)))
+        return [{"k": k, "v": v} for k, v in zip(keys, values, strict=True)]
+
+    def _readings(self, projected: Tensor) -> tuple[Tensor, ...]:
+        return projected.chunk(self.config.num_readings, dim=-1)

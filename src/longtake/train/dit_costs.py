@@ -74,7 +74,7 @@ class DiTCosts:
             return 0.0, 0.0
         tokens, width = rows * memory.num_tokens, self.config.width
         made = 2 * width if memory.read_as_latent is None else sum(memory.read_as_latent)
-        read = 2 * tokens * width * made if self.memory_tokens(chunk) else 0.0
+        read = 2 * tokens * width * made * memory.num_readings if self.memory_tokens(chunk) else 0.0
         evicted = self._evicted_frames(chunk) * self.frame_tokens
         if evicted == 0 or policy.mode != "update":
             return read, 0.0
