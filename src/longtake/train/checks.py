@@ -18,7 +18,15 @@ from longtake.train.dit import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_multiple
 from longtake.train.plan import Machine, StagePlan
-from longtake.train.stage_plans import Sizes, plan_dit, plan_dmd, plan_layers, plan_trajectory, plan_vae
+from longtake.train.stage_plans import (
+    Sizes,
+    plan_dit,
+    plan_dmd,
+    plan_evictions,
+    plan_layers,
+    plan_trajectory,
+    plan_vae,
+)
 
 if TYPE_CHECKING:
     from longtake.train.recipe import Recipe
@@ -51,6 +59,8 @@ def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
             return plan_dit(stage, sizes, recipe.first, machine, _clip_bytes(recipe, stage))
         case "windows":
             return plan_dit(stage, sizes, recipe.windows, machine, _clip_bytes(recipe, stage))
+        case "evictions":
+            return plan_evictions(stage, sizes, recipe.evictions, machine)
         case "memory":
             return plan_dit(stage, sizes, recipe.memory, machine, _clip_bytes(recipe, stage))
         case "trajectory":
@@ -142,12 +152,15 @@ def _check_networks(recipe: Recipe) -> None:
 
 def _check_memory(recipe: Recipe, stages: Collection[str]) -> None:
     policy = recipe.stream.history.policy
-    if "memory" in stages and not (isinstance(policy, EvolvingConfig) and policy.mode == "update"):
+    teaching = [stage for stage in ("evictions", "memory") if stage in stages]
+    if teaching and not (isinstance(policy, EvolvingConfig) and policy.mode == "update"):
         raise ConfigError(
-            f'stage memory teaches a policy that learns, and stream.history.policy is "{policy.kind}"'
+            f'stage {teaching[0]} teaches a policy that learns, and stream.history.policy is "{policy.kind}"'
             + (f' in mode "{policy.mode}"' if isinstance(policy, EvolvingConfig) else ""),
             'set stream.history.policy.kind="evolving" and its mode="update", or leave the stage out',
         )
+    if "evictions" in stages:
+        _check_evictions(recipe)
     walking = [stage for stage in _WALKING if stage in stages]
     if isinstance(policy, EvolvingConfig) and policy.timing == "second_pass" and walking:
         raise ConfigError(
@@ -155,6 +168,37 @@ def _check_memory(recipe: Recipe, stages: Collection[str]) -> None:
             "does not have",
             'set stream.history.policy.timing="chunk", or train by dmd alone',
         )
+
+
+def _check_evictions(recipe: Recipe) -> None:
+    """The memory is compared with frames, token by token."""
+    memory, history = recipe.dit_model.memory, recipe.stream.history
+    assert memory is not None, "the policy has been made"
+    grid = _token_grid(recipe)
+    if (memory.rows, memory.columns) != grid or memory.num_frames > history.chunk_frames:
+        raise ConfigError(
+            f"stage evictions compares a memory of {memory.num_frames} x {memory.rows} x {memory.columns} "
+            f"tokens with frames of a chunk, of which there are {history.chunk_frames} of "
+            f"{grid[0]} x {grid[1]} tokens",
+            "make dit_model.memory as large, or leave the stage out",
+        )
+    if recipe.dit_model.latent is not None:
+        raise ConfigError(
+            "stage evictions keeps per-head keys and values, and dit_model.latent is set",
+            "teach the dense model and convert it then, or leave the stage out",
+        )
+    if history.window_frames is None:
+        raise ConfigError(
+            "stage evictions counts absences in windows, and the history's is unlimited",
+            "set stream.history.window_frames",
+        )
+
+
+def _token_grid(recipe: Recipe) -> tuple[int, int]:
+    """Rows and columns of a frame's tokens."""
+    stride = recipe.vae_model.spatial_stride
+    _, height, width = recipe.dit_model.patch_size
+    return recipe.stream.height // (stride * height), recipe.stream.width // (stride * width)
 
 
 def check_storage(latent: LatentConfig | None, policy: PolicyConfig) -> None:
@@ -220,9 +264,7 @@ def _check_clips(recipe: Recipe, stage: str) -> None:
 
 def _check_memory_guide(recipe: Recipe, stage: str) -> None:
     """The guide of a frame is read off memory tokens that stand where the frame's tokens do."""
-    memory, stride = recipe.dit_model.memory, recipe.vae_model.spatial_stride
-    _, height, width = recipe.dit_model.patch_size
-    grid = (recipe.stream.height // (stride * height), recipe.stream.width // (stride * width))
+    memory, grid = recipe.dit_model.memory, _token_grid(recipe)
     if memory is not None and (memory.rows, memory.columns) != grid:
         raise ConfigError(
             f"{stage}.memory_guide_weight={getattr(recipe, stage).memory_guide_weight} reads a memory of "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from longtake.errors import ConfigError
 from longtake.history.evolving import STATE
+from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
 from longtake.train.prompt_guide import PromptProbe
@@ -38,14 +39,14 @@ def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any
                 f"guide_layer={config.guide_layer}, but the DiT has {dit.num_layers} layers",
                 "use one of its layers",
             )
-        probes["probe"] = nn.Linear(dit.width, math.prod(dit.patch_size[1:]) * NUM_GUIDE_CHANNELS)
+        probes["probe"] = guide_probe(dit)
     if config.memory_guide_weight > 0:
         if dit.memory is None:
             raise ConfigError(
                 f"memory_guide_weight={config.memory_guide_weight}, but the DiT has no memory",
                 "set it to 0, or give dit_model a memory",
             )
-        probes["memory_probe"] = nn.Linear(dit.width, math.prod(dit.patch_size[1:]) * NUM_GUIDE_CHANNELS)
+        probes["memory_probe"] = guide_probe(dit)
     if config.prompt_guide_weight > 0:
         if not isinstance(module.text, TinyTextEncoder):
             raise ConfigError(
@@ -56,11 +57,16 @@ def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any
     return probes
 
 
+def guide_probe(dit: DiTConfig) -> nn.Linear:
+    """Reads `NUM_GUIDE_CHANNELS` for every latent cell of a token."""
+    return nn.Linear(dit.width, math.prod(dit.patch_size[1:]) * NUM_GUIDE_CHANNELS)
+
+
 def token_guide_error(probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor, patch: int) -> Tensor:
     """Error of what the probe reads off the tokens of frames, those of objects counting five times.
 
     Args:
-        probe: `NUM_GUIDE_CHANNELS` for every latent cell of a token.
+        probe: see `guide_probe`.
         tokens_ruw: copies of b clips, copy by copy; all tokens of f frames.
         guide_bfkhw: see `train.guide`.
         patch: latent cells along each side of a token.
@@ -76,7 +82,7 @@ class MemoryReading:
 
     Args:
         batch: the clips, with their guide where there is a probe.
-        probe: `NUM_GUIDE_CHANNELS` for every latent cell of a token; None where nothing is to be read.
+        probe: see `guide_probe`; None where nothing is to be read.
         patch: latent cells along each side of a token.
     """
 

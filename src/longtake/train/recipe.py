@@ -17,6 +17,7 @@ from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_parts, plan_of
 from longtake.train.dit import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig
+from longtake.train.evictions import EvictionsConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_fits
 from longtake.train.layers import LayersConfig
@@ -25,14 +26,26 @@ from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig
 
 Stage = Literal[
-    "vae", "latents", "layers", "first", "windows", "memory", "trajectory", "dmd", "decoder", "export"
+    "vae",
+    "latents",
+    "layers",
+    "first",
+    "windows",
+    "evictions",
+    "memory",
+    "trajectory",
+    "dmd",
+    "decoder",
+    "export",
 ]
 
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
-PLAIN_STAGES: tuple[Stage, ...] = tuple(stage for stage in STAGES if stage not in ("memory", "layers"))
+PLAIN_STAGES: tuple[Stage, ...] = tuple(
+    stage for stage in STAGES if stage not in ("evictions", "memory", "layers")
+)
 
 
 class Recipe(Config):
@@ -43,10 +56,11 @@ class Recipe(Config):
             grown (see `train.warm_start`); None starts from scratch.
         parent: model name or file of the dense model that latent layers learn from; None where they do not.
         stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
-            as the parent's), first (first chunks only), windows (whole clips through the history), memory
-            (the same with clips that ask for recall), trajectory (few steps and guidance, learned from the
-            teacher's paths), dmd (the same, matched to the teacher's distribution on self-rollouts), decoder
-            (the autoencoder's decoder alone, latents untouched), export (write the model file).
+            as the parent's), first (first chunks only), windows (whole clips through the history), evictions
+            (a memory alone, from what the frozen network's window lets go), memory (windows with clips that
+            ask for recall), trajectory (few steps and guidance, learned from the teacher's paths), dmd (the
+            same, matched to the teacher's distribution on self-rollouts), decoder (the autoencoder's decoder
+            alone, latents untouched), export (write the model file).
     """
 
     name: str = Field(min_length=1)
@@ -66,6 +80,7 @@ class Recipe(Config):
     layers: LayersConfig = LayersConfig()
     first: DiTTrainingConfig
     windows: DiTTrainingConfig
+    evictions: EvictionsConfig = EvictionsConfig()
     memory: DiTTrainingConfig = DiTTrainingConfig(num_recall_clips=2, num_clips=2, fresh_clips=True)
     trajectory: TrajectoryConfig
     dmd: DMDConfig

@@ -17,17 +17,19 @@ from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_networks, resolve_model, save_model
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDTask
+from longtake.train.evictions import EvictionsTask, batch_paths, build_evictions
 from longtake.train.excerpts import LatentCacheConfig, captions_of
 from longtake.train.fit import this_machine
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
 from longtake.train.layers import LayersTask
-from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.loop import STOPPED_EARLY, LoopConfig, run
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.samples import SampleRollouts
 from longtake.train.trajectory import TrajectoryTask
 from longtake.train.vae import VAETask, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
+from longtake.world import VERSION
 
 _NUM_CLIPS_FOR_STATISTICS = 64
 _NUM_TEACHER_STEPS = 32
@@ -68,6 +70,7 @@ def train(
         "layers": lambda: _train_layers(recipe, networks, out, stop_after_seconds),
         "first": lambda: _train_dit(recipe, networks, out, "first", recipe.first, stop_after_seconds),
         "windows": lambda: _train_dit(recipe, networks, out, "windows", recipe.windows, stop_after_seconds),
+        "evictions": lambda: _train_memory_alone(recipe, networks, out, stop_after_seconds),
         "memory": lambda: _train_dit(recipe, networks, out, "memory", recipe.memory, stop_after_seconds),
         "trajectory": lambda: _follow(recipe, networks, out, stop_after_seconds),
         "dmd": lambda: _match(recipe, networks, out, stop_after_seconds),
@@ -97,7 +100,7 @@ class _Networks:
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
-        for stage in ("layers", "first", "windows", "memory"):
+        for stage in ("layers", "first", "windows", "evictions", "memory"):
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
         for stage in ("trajectory", "dmd"):
@@ -188,6 +191,41 @@ def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float
     networks.text_to_latents.requires_grad_(True)
     if STOPPED_EARLY not in figures:
         networks.keep("layers", networks.text_to_latents)
+    return figures
+
+
+def _train_memory_alone(
+    recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
+) -> dict[str, float]:
+    config, module, history = recipe.evictions, networks.text_to_latents, recipe.stream.history
+    module.requires_grad_(False)
+    vae, stride = networks.require_vae(), recipe.vae_model.temporal_stride
+    walked = {name: t for name, t in module.state_dict().items() if not name.startswith("dit.memory.")}
+    assert history.window_frames is not None, "checked before"
+    sources = {
+        name: (RecallSource(vae, like, history.window_frames * stride, config.absence, True), count)
+        for name, like, count in (
+            ("train", recipe.latents, config.num_batches),
+            ("held-out", recipe.held_out, config.num_held_out_batches),
+        )
+    }
+    folder = out / "evicted"
+    identity = {
+        "config": config.replace(loop=LoopConfig(seed=config.loop.seed)).model_dump(mode="json"),
+        "clips": [source.config.model_dump(mode="json") for source, _ in sources.values()],
+        "history": history.model_dump(mode="json"),
+        "weights": weights_digest({**walked, **vae.encoder.state_dict(prefix="vae.encoder.")}),
+        "world": VERSION,
+    }
+    build_evictions(module, history, sources, config, folder, identity)
+    paths = [batch_paths(folder, name, count) for name, (_, count) in sources.items()]
+    size = recipe.vae_model.spatial_stride
+    grid = module.dit.token_grid(recipe.stream.height // size, recipe.stream.width // size)
+    task = EvictionsTask(module.dit, grid, config, *paths)
+    figures = run(task, config.loop, out / "evictions", seconds)
+    module.requires_grad_(True)
+    if STOPPED_EARLY not in figures:
+        networks.keep("evictions", module)
     return figures
 
 

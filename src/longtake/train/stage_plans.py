@@ -22,10 +22,11 @@ from longtake.train.costs import Arithmetic, Cost, text_encoder_cost, vae_cost
 from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer
 from longtake.train.dit_costs import DiTCosts
 from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
+from longtake.train.evictions import EvictionsConfig, evictions_optimizer
 from longtake.train.latents import ClipsPerStep
 from longtake.train.layers import LayersConfig, attention_of, layers_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
-from longtake.train.probes import probes_of
+from longtake.train.probes import guide_probe, probes_of
 from longtake.train.recall import longest_chunks
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig, latent_probe, vae_optimizer
@@ -68,14 +69,14 @@ class Sizes:
         """Of the DiT's passes."""
         return DiTCosts(self.dit, self.history, self.height, self.width, arithmetic)
 
-    def recall_chunks(self, config: DiTTrainingConfig) -> tuple[int, int]:
-        """The most chunks of a clip that asks for recall, and the most that are learned from."""
+    def recall_chunks(self, absence: tuple[float, float]) -> tuple[int, int]:
+        """The most chunks of a clip that asks for recall, and the most that are learned from; absences in
+        windows.
+        """
         stride, window = self.vae.temporal_stride, self.history.window_frames
         assert window is not None, "recipes with recall clips have a window"
         chunk = self.history.chunk_frames * stride
-        return longest_chunks(
-            round(config.recall_absence[1] * window * stride), chunk, self.width / self.height
-        )
+        return longest_chunks(round(absence[1] * window * stride), chunk, self.width / self.height)
 
     def text_cost(self, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
         """Of encoding prompts, to the end."""
@@ -167,7 +168,7 @@ def plan_layers(
 def _recall_walk(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic) -> Cost:
     """The longest walk through clips that ask for recall."""
     costs, count = sizes.costs(arithmetic), config.num_recall_clips
-    num_chunks, num_learned = sizes.recall_chunks(config)
+    num_chunks, num_learned = sizes.recall_chunks(config.recall_absence)
     cost = sizes.text_cost(count, True, arithmetic).repeated(_RECALL_PROMPTS)
     for chunk in range(num_chunks - num_learned):
         cost += costs.forward(count, chunk, num_committed=costs.kept_rows(count, chunk))
@@ -176,6 +177,32 @@ def _recall_walk(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic
         cost += costs.forward((config.num_copies + 1) * count, chunk, True, count, count)
         cost += costs.memory(count, chunk, True)
     return cost
+
+
+def plan_evictions(stage: str, sizes: Sizes, config: EvictionsConfig, machine: Machine) -> StagePlan:
+    """Of a memory that learns alone; walking the clips once, before, is not in it."""
+    arithmetic = machine.arithmetic(config.loop.precision)
+    costs, count = sizes.costs(arithmetic), config.num_clips
+    num_chunks, num_last = sizes.recall_chunks(config.absence)
+    updates = Cost()
+    for chunk in range(num_chunks - num_last):
+        updates += costs.memory(count, chunk, True)
+    module = sizes.networks(frozen=True)
+    assert module.dit.memory is not None, "checked before"
+    memory = module.dit.memory.requires_grad_(True)
+    with torch.device("meta"):
+        probe = guide_probe(sizes.dit)
+    learned = nn.ModuleDict({"memory": memory, "probe": probe})
+    networks = {
+        "text": module.text,
+        "dit": module.dit,
+        "vae": _frozen_vae(sizes),
+        "copy for later stages": sizes.networks(frozen=True),
+        "probe": probe,
+    }
+    optimizer = evictions_optimizer(learned, config)
+    phases = [Phase("updates and readings", updates)]
+    return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic)
 
 
 def plan_trajectory(
@@ -315,7 +342,7 @@ def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> 
     stride, cost = sizes.vae.spatial_stride, Cost()
     walks = list(config.walks)
     if isinstance(config, DiTTrainingConfig) and config.num_recall_clips > 0:
-        walks.append((config.num_recall_clips, sizes.recall_chunks(config)[0]))
+        walks.append((config.num_recall_clips, sizes.recall_chunks(config.recall_absence)[0]))
     for count, num_chunks in walks:
         frames = (
             count,

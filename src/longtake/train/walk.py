@@ -18,7 +18,7 @@ from torch import Tensor
 from longtake.diffusion.flow import NUM_TRAIN_STEPS, add_noise
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
-from longtake.history.policy import PolicyState
+from longtake.history.policy import Policy, PolicyState
 from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
 from longtake.stream.state import PromptSwitch
@@ -37,6 +37,7 @@ class Walk:
         height: of the latents.
         width: of the latents.
         recompute: keep little for the backward pass and compute blocks again there (see `DiT.forward`).
+        policy: what becomes of evicted frames, in place of the history's own.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Walk:
         width: int,
         *,
         recompute: bool = False,
+        policy: Policy | None = None,
     ) -> None:
         self._dit = dit
         self._text = text
@@ -60,7 +62,7 @@ class Walk:
             history,
             dit.cache_spec(),
             grid=grid,
-            policy=dit.policy(history.policy, grid),
+            policy=dit.policy(history.policy, grid) if policy is None else policy,
             device=dit.patch_embedding.weight.device,
             packs=False,
         )
