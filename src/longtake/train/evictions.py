@@ -119,8 +119,8 @@ class _Recorder(Policy):
 
     Args:
         grid: of the memory that is to learn; only that there is one matters.
-        source: layer that the memory will take in. ``read``: layers that will read it.
-        wanted: frames whose entries are kept for these.
+        source: layer that the memory will take in.
+        read_layers: layers whose entries it is to stand for, of the frames ``wanted``.
     """
 
     grid: MemoryGrid
@@ -197,8 +197,8 @@ def evictions_of(module: TextToLatents, history: HistoryConfig, batch: RecallBat
 
 
 def layers_of(dit: DiT, policy: EvolvingConfig) -> tuple[int, tuple[int, ...]]:
-    """The layer that a memory takes in, and those whose keys and values its readings are to be: of all that
-    read where each has its own reading, else of the first one, the source.
+    """The layer that a memory takes in, and those whose keys and values its readings are to be: the layers
+    that read, where each has a reading of its own, or else the one that it takes in.
     """
     num_layers = dit.config.num_layers
     source = policy.source_layer % num_layers

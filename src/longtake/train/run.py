@@ -22,7 +22,7 @@ from longtake.train.excerpts import LatentCacheConfig, captions_of
 from longtake.train.fit import this_machine
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
 from longtake.train.layers import LayersTask
-from longtake.train.loop import STOPPED_EARLY, LoopConfig, run
+from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.samples import SampleRollouts
@@ -211,7 +211,7 @@ def _train_memory_alone(
     }
     folder = out / "evicted"
     identity = {
-        "config": config.replace(loop=LoopConfig(seed=config.loop.seed)).model_dump(mode="json"),
+        "batches": [config.loop.seed, config.loop.precision, config.num_clips, config.absence],
         "clips": [source.config.model_dump(mode="json") for source, _ in sources.values()],
         "history": history.model_dump(mode="json"),
         "weights": weights_digest({**walked, **vae.encoder.state_dict(prefix="vae.encoder.")}),
