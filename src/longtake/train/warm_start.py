@@ -76,7 +76,7 @@ def _deepened(module: nn.Module, weights: Mapping[str, Tensor]) -> Mapping[str, 
                 continue  # left to be reported as missing
             adds_nothing = part not in given and part.startswith(_OUTPUTS)
             adapted[f"blocks.{index}.{part}"] = torch.zeros_like(last[part]) if adds_nothing else last[part]
-        for part in given.keys() - parts.keys():
+        for part in sorted(given.keys() - parts.keys()):
             adapted[f"blocks.{index}.{part}"] = given[part]  # too much, to be reported
     return adapted
 
