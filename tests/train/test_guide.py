@@ -13,6 +13,7 @@ from longtake.train.dit import DiTTask, DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
 from longtake.train.latents import FreshClips
+from longtake.train.probes import token_guide_error
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks, sample_scene
 from longtake.world.vocabulary import OBJECT_RGB, SHAPES
@@ -22,7 +23,9 @@ from toy_training import HISTORY, VAE, loop, networks
 def fresh_task(**changes: object) -> DiTTask:
     torch.manual_seed(0)
     cache = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(1, 2), height=32, width=32)
-    source = FreshClips(TinyVAE(VAE).eval(), cache, guided=True)
+    ahead = changes.get("guide_ahead", ())
+    assert isinstance(ahead, tuple)
+    source = FreshClips(TinyVAE(VAE).eval(), cache, guided=True, ahead=ahead)
     held_out = source.draw(np.random.default_rng(9), 2)
     config = DiTTrainingConfig(
         loop=loop(4), num_clips=2, num_first_clips=1, num_chunks=3, guide_weight=1.0, guide_layer=0
@@ -63,6 +66,51 @@ def test_it_says_what_objects_are_where_and_how_fast_they_go(seed: int, level: i
                 ]
                 np.testing.assert_allclose(guide[2, 10 + index, row, column], sum(tints), atol=1e-4)
     assert not guide[0, 2:4].any()  # a single picture shows no motion
+
+
+@pytest.mark.parametrize(("seed", "level"), [(3, 1), (8, 2), (6, 3)])
+def test_it_says_where_objects_will_be(seed: int, level: int) -> None:
+    scene, start, num_frames, ahead = sample_scene(seed, level), 4, 13, (8, 20)
+    masks = torch.from_numpy(render_masks(scene, start, start + num_frames))
+    plain, guide = guide_of(scene, start, masks, 4, 8), guide_of(scene, start, masks, 4, 8, ahead)
+    assert guide.shape == (4, NUM_GUIDE_CHANNELS + 4, 8, 8)
+    torch.testing.assert_close(guide[:, :NUM_GUIDE_CHANNELS], plain, atol=0, rtol=0)
+    shares = masks[5:9].unflatten(2, (8, 8)).unflatten(4, (8, 8)).mean(dim=(0, 3, 5)).numpy()  # [n,h,w]
+    now = scene.truth(start + 5, start + 9).center_xy.mean(0)
+    for index, frames in enumerate(ahead):
+        later = scene.truth(start + 8 + frames, start + 9 + frames).center_xy[0]
+        expected = np.nansum(shares[:, None] * ((later - now) * 64 / 2)[..., None, None], axis=0)
+        channels = slice(NUM_GUIDE_CHANNELS + 2 * index, NUM_GUIDE_CHANNELS + 2 * index + 2)
+        np.testing.assert_allclose(guide[2, channels], expected, atol=1e-3)
+
+
+def test_a_guide_that_looks_ahead_is_read_and_small_errors_go_on_counting() -> None:
+    task = fresh_task(guide_ahead=(8, 16), guide_relative=True)
+    assert task.clips is not None
+    loss, figures = task.loss(0, 0.0)
+    loss.backward()
+    assert task._probe is not None
+    assert task._probe.out_features % (NUM_GUIDE_CHANNELS + 4) == 0
+    assert task._probe.weight.grad is not None
+    assert task._probe.weight.grad.abs().sum(1).min() > 0
+    assert np.isfinite(figures["guide"])
+
+
+def test_relative_errors_go_on_counting_when_they_are_small() -> None:
+    probe = torch.nn.Linear(4, NUM_GUIDE_CHANNELS)
+    torch.nn.init.zeros_(probe.weight)
+    guide = torch.zeros(1, 1, NUM_GUIDE_CHANNELS, 2, 2)
+    errors = []
+    for wrong in (1.0, 0.1):
+        torch.nn.init.constant_(probe.bias, wrong)
+        error = token_guide_error(probe, torch.randn(1, 4, 4), guide, 1, relative=True)
+        errors.append(float(error.detach()))
+    assert errors[0] - errors[1] == pytest.approx(np.log(100), rel=1e-2)
+
+
+def test_looking_back_is_refused() -> None:
+    with pytest.raises(ConfigError, match="looks back"):
+        DiTTrainingConfig(guide_ahead=(8, 0))
 
 
 def test_tokens_are_those_of_the_patches() -> None:

@@ -58,6 +58,14 @@ class DiTTrainingConfig(ClipsPerStep):
         0.0, ge=0, description="of the error of reading off tokens where objects are and go; fresh clips only"
     )
     guide_layer: int = Field(2, ge=0, description="layer whose tokens are read")
+    guide_ahead: tuple[int, ...] = Field(
+        (), description="pixel frames: where objects will be after so many is to be read as well"
+    )
+    guide_relative: bool = Field(
+        False,
+        description="the logarithms of what is read count, those of clean context and of noisy chunks apart: "
+        "small errors go on falling",
+    )
     memory_guide_weight: float = Field(
         0.0,
         ge=0,
@@ -105,6 +113,14 @@ class DiTTrainingConfig(ClipsPerStep):
             raise ConfigError(
                 f"memory_guide_weight={self.memory_guide_weight} reads memories that nothing asks for",
                 "set num_recall_clips, or memory_guide_weight=0",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _looks_ahead(self) -> DiTTrainingConfig:
+        if any(frames <= 0 for frames in self.guide_ahead):
+            raise ConfigError(
+                f"guide_ahead={self.guide_ahead} looks back or nowhere", "use frame counts like [8, 16, 24]"
             )
         return self
 
@@ -292,9 +308,18 @@ class DiTTask:
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
             guide = None
             if reading is not None and self._probe is not None and clips.guide_bfkhw is not None:
-                guide = token_guide_error(self._probe, reading.tokens, clips.guide_bfkhw[:, span], patch)
+                guide = self._guide_error(reading.tokens, clips.guide_bfkhw[:, span], patch, len(target))
             results.append((*errors, guide))
         return results
+
+    def _guide_error(self, tokens_ruw: Tensor, guide_bfkhw: Tensor, patch: int, num_noisy: int) -> Tensor:
+        """Of reading the guide off the tokens of noisy rows, and of context where it comes after them."""
+        assert self._probe is not None
+        if not self.config.guide_relative:
+            return token_guide_error(self._probe, tokens_ruw, guide_bfkhw, patch)
+        rows = [part for part in (tokens_ruw[:num_noisy], tokens_ruw[num_noisy:]) if len(part)]
+        errors = [token_guide_error(self._probe, part, guide_bfkhw, patch, relative=True) for part in rows]
+        return torch.stack(errors).mean()
 
     @torch.no_grad()
     def _resampled(self, walk: Walk, clean: Tensor, generator: torch.Generator) -> Tensor:

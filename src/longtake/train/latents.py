@@ -126,6 +126,7 @@ class FreshClips:
     vae: TinyVAE
     config: LatentCacheConfig
     guided: bool = False
+    ahead: tuple[int, ...] = ()
 
     def draw(self, rng: np.random.Generator, count: int) -> Clips:
         """`count` clips of scenes from `first_seed` on, their levels at random."""
@@ -136,21 +137,31 @@ class FreshClips:
             excerpt(self.config, int(seed), self.config.levels[level], stride)
             for seed, level in zip(seeds, levels, strict=True)
         ]
-        return encode_clips(self.vae, excerpts, self.config, self.guided)
+        return encode_clips(self.vae, excerpts, self.config, self.guided, self.ahead)
 
 
 @torch.no_grad()
 def encode_clips(
-    vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig, guided: bool = False
+    vae: TinyVAE,
+    excerpts: Sequence[Excerpt],
+    config: LatentCacheConfig,
+    guided: bool = False,
+    ahead: Sequence[int] = (),
 ) -> Clips:
-    """Render and encode clips of `config.num_latent_frames` latent frames, `guided`: with their guide."""
+    """Render and encode clips of `config.num_latent_frames` latent frames, `guided`: with their guide, which
+    looks so many frames `ahead`.
+    """
     # A training step may be under autocast, which refuses to join tensors of half precision.
     with torch.autocast("cpu", enabled=False):
-        return _encode_clips(vae, excerpts, config, guided)
+        return _encode_clips(vae, excerpts, config, guided, ahead)
 
 
 def _encode_clips(
-    vae: TinyVAE, excerpts: Sequence[Excerpt], config: LatentCacheConfig, guided: bool
+    vae: TinyVAE,
+    excerpts: Sequence[Excerpt],
+    config: LatentCacheConfig,
+    guided: bool,
+    ahead: Sequence[int],
 ) -> Clips:
     stride = vae.config.temporal_stride
     num_frames = 1 + (config.num_latent_frames - 1) * stride
@@ -163,7 +174,7 @@ def _encode_clips(
         if guided:
             cell = vae.config.spatial_stride
             guides += [
-                guide_of(scene, at, of_clip, stride, cell)
+                guide_of(scene, at, of_clip, stride, cell, ahead)
                 for (scene, at), of_clip in zip(batch, masks, strict=True)
             ]
         state = vae.init_encode_state(len(batch), *size)

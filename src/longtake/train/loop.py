@@ -8,6 +8,7 @@ schedule, precision, accumulation of gradients, averaging of weights, clipping, 
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -56,7 +57,7 @@ class LoopConfig(Config):
         0, ge=0, description="the average follows the weights until then; 0: its decay warms up instead"
     )
     precision: Precision = Field(
-        "auto", description="of products, weights stay fp32; auto: bf16 where the processor has it natively"
+        "auto", description="of products, weights stay fp32; auto: bf16 where the processor is faster in it"
     )
     log_every_steps: int = Field(20, ge=1)
     evaluate_every_steps: int = Field(500, ge=1)
@@ -127,7 +128,30 @@ def autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | 
         return torch.bfloat16
     if device.type == "cuda":
         return torch.bfloat16
-    return torch.bfloat16 if torch.cpu.get_capabilities().get("avx512_bf16", False) else None
+    return torch.bfloat16 if _multiplies_bf16_faster() else None
+
+
+@functools.cache
+def _multiplies_bf16_faster() -> bool:
+    """Whether this processor does; measured (some milliseconds), as having bf16 does not say it: AMD's Zen 4
+    is twice as fast in it as in fp32, Intel's Emerald Rapids without AMX takes 1.7 times as long.
+    """
+    if not torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return False
+    seconds = {dtype: _seconds_of_a_product(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    return seconds[torch.bfloat16] < seconds[torch.float32]
+
+
+@torch.no_grad()
+def _seconds_of_a_product(dtype: torch.dtype) -> float:
+    """The least time of several of 512 x 512 by 512 x 1024."""
+    a, b = torch.ones(512, 512, dtype=dtype), torch.ones(1024, 512, dtype=dtype)
+    times = []
+    for _ in range(8):
+        tick = time.perf_counter()
+        nn.functional.linear(a, b)
+        times.append(time.perf_counter() - tick)
+    return min(times)
 
 
 def build_optimizer(

@@ -16,13 +16,17 @@ from longtake.errors import ConfigError
 from longtake.history.evolving import STATE
 from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens
+from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens, num_guide_channels
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.recall import RecallBatch
 from longtake.train.walk import Walk
 
 if TYPE_CHECKING:
     from longtake.train.dit import DiTTrainingConfig, TextToLatents
+
+
+_NEGLIGIBLE = 1e-5
+"""Added to an error before its logarithm."""
 
 
 def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any]:
@@ -39,7 +43,7 @@ def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any
                 f"guide_layer={config.guide_layer}, but the DiT has {dit.num_layers} layers",
                 "use one of its layers",
             )
-        probes["probe"] = guide_probe(dit)
+        probes["probe"] = guide_probe(dit, len(config.guide_ahead))
     if config.memory_guide_weight > 0:
         if dit.memory is None:
             raise ConfigError(
@@ -57,12 +61,14 @@ def probes_of(module: TextToLatents, config: DiTTrainingConfig) -> dict[str, Any
     return probes
 
 
-def guide_probe(dit: DiTConfig) -> nn.Linear:
-    """Reads `NUM_GUIDE_CHANNELS` for every latent cell of a token."""
-    return nn.Linear(dit.width, math.prod(dit.patch_size[1:]) * NUM_GUIDE_CHANNELS)
+def guide_probe(dit: DiTConfig, num_ahead: int = 0) -> nn.Linear:
+    """Reads the channels of a guide that looks ahead so many times, for every latent cell of a token."""
+    return nn.Linear(dit.width, math.prod(dit.patch_size[1:]) * num_guide_channels(num_ahead))
 
 
-def token_guide_error(probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor, patch: int) -> Tensor:
+def token_guide_error(
+    probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor, patch: int, relative: bool = False
+) -> Tensor:
     """Error of what the probe reads off the tokens of frames, those of objects counting five times.
 
     Args:
@@ -70,11 +76,15 @@ def token_guide_error(probe: nn.Linear, tokens_ruw: Tensor, guide_bfkhw: Tensor,
         tokens_ruw: copies of b clips, copy by copy; all tokens of f frames.
         guide_bfkhw: see `train.guide`.
         patch: latent cells along each side of a token.
+        relative: the mean of the logarithms of the parts' errors instead of their mean, so that a tenth less
+            of a small error is worth as much as of a large one.
     """
+    num_ahead = (guide_bfkhw.shape[2] - NUM_GUIDE_CHANNELS) // 2
     target_buk = guide_tokens(guide_bfkhw.float(), patch)
     target = target_buk.repeat(len(tokens_ruw) // len(target_buk), 1, 1)
     normed = nn.functional.layer_norm(tokens_ruw, tokens_ruw.shape[-1:])
-    return torch.stack(list(guide_errors(probe(normed), target, -1).values())).mean()
+    errors = torch.stack(list(guide_errors(probe(normed), target, -1, num_ahead).values()))
+    return (errors + _NEGLIGIBLE).log().mean() if relative else errors.mean()
 
 
 class MemoryReading:
@@ -98,7 +108,7 @@ class MemoryReading:
         guide_bfkhw = self.batch.clips.guide_bfkhw
         if self._probe is None or guide_bfkhw is None or not self.batch.unseen[chunk]:
             return
-        shown_bfkhw = guide_bfkhw[:, self.batch.shown_frame, None]
+        shown_bfkhw = guide_bfkhw[:, self.batch.shown_frame, None, :NUM_GUIDE_CHANNELS]
         num_tokens = shown_bfkhw.shape[-2] * shown_bfkhw.shape[-1] // self._patch**2
         frames_bnuw = walk.policy_state[STATE].unflatten(1, (-1, num_tokens))  # type: ignore[no-untyped-call]
         self.errors.append(token_guide_error(self._probe, frames_bnuw.mean(1), shown_bfkhw, self._patch))

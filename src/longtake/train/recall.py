@@ -53,6 +53,7 @@ class RecallSource:
         absence: shortest and longest absence in windows; drawn once for a batch, evenly in its logarithm, and
             never shorter than the camera's way.
         guided: with the guide, see `train.guide`.
+        ahead: pixel frames that the guide looks ahead.
     """
 
     vae: TinyVAE
@@ -60,6 +61,7 @@ class RecallSource:
     window_frames: int
     absence: tuple[float, float]
     guided: bool = False
+    ahead: tuple[int, ...] = ()
 
     def draw(self, rng: np.random.Generator, count: int) -> RecallBatch:
         """Scenes that follow from the generator's state alone, as long as the longest of them."""
@@ -97,7 +99,7 @@ class RecallSource:
         leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
         chunks = range(num_chunks)
         return RecallBatch(
-            encode_clips(self.vae, excerpts, config, self.guided),
+            encode_clips(self.vae, excerpts, config, self.guided, self.ahead),
             learned=tuple(chunk >= back or away <= chunk < away + leaving for chunk in chunks),
             shown_frame=away * config.chunk_frames - 1,
             unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),

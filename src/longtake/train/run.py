@@ -255,6 +255,7 @@ def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> R
         window * recipe.vae_model.temporal_stride,
         config.recall_absence,
         config.guided,
+        config.guide_ahead,
     )
 
 
@@ -306,13 +307,14 @@ def _load_clips(
     chunk_frames = recipe.stream.history.chunk_frames
     num_frames = config.num_chunks * chunk_frames
     guided = isinstance(config, DiTTrainingConfig) and config.guided
+    ahead = config.guide_ahead if isinstance(config, DiTTrainingConfig) else ()
 
     def source(name: str, count: int, frames: int) -> ClipSource | None:
         if count == 0:
             return None
         if config.fresh_clips:
             like: LatentCacheConfig = getattr(recipe, name)
-            return FreshClips(networks.require_vae(), like.replace(num_latent_frames=frames), guided)
+            return FreshClips(networks.require_vae(), like.replace(num_latent_frames=frames), guided, ahead)
         return load_cache(out / name, frames)
 
     return (
