@@ -12,10 +12,17 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 CONFIG = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 12), decoder_widths=(8, 8, 12), num_blocks=2)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["coarse", "fine"])
+COARSE, FINE = CONFIG, CONFIG.replace(fine_mixes=True)
+CARRYING = FINE.replace(carries_pixels=True)
+
+
+@pytest.fixture(scope="module", params=[COARSE, FINE, CARRYING], ids=["coarse", "fine", "carrying"])
 def vae(request: pytest.FixtureRequest) -> TinyVAE:
     torch.manual_seed(0)
-    vae = TinyVAE(CONFIG.replace(fine_mixes=request.param)).eval().requires_grad_(False)
+    vae = TinyVAE(request.param).eval().requires_grad_(False)
+    if vae.decoder.carry is not None:
+        torch.nn.init.normal_(vae.decoder.carry.gate.weight)
+        torch.nn.init.zeros_(vae.decoder.carry.gate.bias)
     vae.latent_mean.copy_(torch.tensor([0.5, -1.0, 0.0, 2.0]))
     vae.latent_std.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
     return vae
@@ -85,6 +92,28 @@ def test_the_decoder_sees_the_frames_before_at_every_level_that_mixes() -> None:
     for name in ("mix0", "mix1", "middle", "fine"):
         forgotten, _ = vae.decode_chunk(latents[:, 1:], {**state, name: torch.zeros_like(state[name])})
         assert not torch.allclose(whole, forgotten, atol=1e-5), name
+
+
+@pytest.mark.parametrize(("bias", "slope", "share"), [(-30.0, 0.0, 0.0), (30.0, 0.0, 1.0), (-30.0, 1e5, 1.0)])
+def test_a_carried_picture_changes_where_the_decoder_says_or_much_is_new(
+    bias: float, slope: float, share: float
+) -> None:
+    torch.manual_seed(0)
+    vae = TinyVAE(CARRYING).eval().requires_grad_(False)
+    plain = TinyVAE(FINE).eval()
+    carry = vae.decoder.carry
+    assert carry is not None
+    plain.load_state_dict({k: v for k, v in vae.state_dict().items() if not k.startswith("decoder.carry.")})
+    carry.gate.bias.fill_(bias)
+    carry.slope.fill_(slope)
+    latents = torch.randn(2, 4, 4, 2, 2)
+    shown, state = vae.decode_chunk(latents, vae.init_decode_state(2, 16, 16))
+    drawn, _ = plain.decode_chunk(latents, plain.init_decode_state(2, 16, 16))
+    torch.testing.assert_close(shown[:, 0], drawn[:, 0])  # a video's first picture has nothing before it
+    torch.testing.assert_close(
+        shown[:, 1:], drawn[:, 1:] if share else shown[:, :1].expand(-1, 12, -1, -1, -1)
+    )
+    assert torch.equal(state["shown"], shown[:, -1])
 
 
 def test_state_is_never_changed_in_place(vae: TinyVAE) -> None:

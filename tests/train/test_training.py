@@ -25,7 +25,7 @@ from longtake.train.optim import AdamWConfig
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
-from longtake.train.vae import VAETask, VAETrainingConfig
+from longtake.train.vae import VAETask, VAETrainingConfig, cut_clips
 from longtake.world import render_masks
 from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks, recipe
 
@@ -127,6 +127,47 @@ def test_jumps_from_frame_to_frame_can_be_trained_away() -> None:
     weighted = VAETask(task.vae, task.config.replace(difference_weight=2.0))
     loss, _ = weighted.loss(0, 0.0)
     assert float(loss.detach()) > float(plain.detach())
+
+
+def test_small_jumps_count_where_they_count_absolutely() -> None:
+    task = vae_task()
+    weighted = [
+        VAETask(task.vae, task.config.replace(difference_weight=1.0, absolute_difference_weight=weight))
+        for weight in (0.0, 1.0)
+    ]
+    squared, absolute = (float(each.loss(0, 0.0)[0].detach()) for each in weighted)
+    assert absolute > squared
+
+
+def test_scenes_are_cut_where_latent_frames_begin() -> None:
+    clips = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 13, 2, 2, 3)
+    cut = cut_clips(clips, 1.0, 4, torch.Generator().manual_seed(0))[..., 0, 0, 0]
+    begins = [int((row == row[0]).sum()) for row in cut]
+    assert set(begins) <= {1, 5, 9}
+    assert len(set(begins)) > 1
+    assert all(float(row[0]) == i and float(row[-1]) == (i - 1) % 6 for i, row in enumerate(cut))
+    assert torch.equal(cut_clips(clips, 0.0, 4, torch.Generator()), clips)
+
+
+def test_the_decoder_learns_what_to_carry_on() -> None:
+    torch.manual_seed(0)
+    vae = TinyVAE(VAE.replace(fine_mixes=True, carries_pixels=True))
+    config = VAETrainingConfig(
+        loop=loop(1),
+        num_clips=2,
+        num_latent_frames=3,
+        height=32,
+        width=32,
+        freeze_encoder=True,
+        cut_share=0.5,
+    )
+    task = VAETask(vae, config)
+    loss, _ = task.loss(0, 0.0)
+    loss.backward()
+    assert vae.decoder.carry is not None
+    gradients = [parameter.grad for parameter in vae.decoder.carry.parameters()]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+    assert all(parameter.grad is None for parameter in vae.encoder.parameters())
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:

@@ -4,8 +4,8 @@ A latent frame covers `temporal_stride` pixel frames; the first latent frame of 
 (as in Wan's VAE), which the encoder sees as a group of identical frames and of which the decoder keeps the
 last. Groups are folded into channels, so that every layer is a 2D convolution; time is mixed by causal layers
 at the coarsest resolution, and in the decoder at the finer ones too where the config says so, each of which
-looks one latent frame back. That one kept frame per layer is the whole streaming state, so chunk-wise and
-one-shot runs are the same computation.
+looks one latent frame back. That one kept frame per layer, and the last picture where pixels are carried, is
+the whole streaming state, so chunk-wise and one-shot runs are the same computation.
 
 Legend: b batch, t pixel frames, f latent frames, h/w height and width, c channels, n = b*f rows.
 """
@@ -23,7 +23,7 @@ from longtake.errors import ModelError
 
 State = dict[str, Tensor]
 STARTED = "started"
-_MIDDLE, _FINE, _LAST = "middle", "fine", "last"
+_MIDDLE, _FINE, _LAST, _SHOWN = "middle", "fine", "last", "shown"
 
 
 class TinyVAEConfig(Config):
@@ -35,6 +35,8 @@ class TinyVAEConfig(Config):
             as many as elsewhere.
         fine_mixes: whether the decoder mixes time at its two finer levels as well, and once more before its
             last layer, so that a group of frames sees how the one before it was drawn and joins on smoothly.
+        carries_pixels: every picture is the one before it and, pixel by pixel, a learned share of what is to
+            change, so that what stands still is not drawn anew with other errors for every latent frame.
     """
 
     pixel_channels: int = Field(3, ge=1)
@@ -45,6 +47,7 @@ class TinyVAEConfig(Config):
     num_blocks: int = Field(2, ge=1)
     num_encoder_blocks: int | None = Field(None, ge=1)
     fine_mixes: bool = False
+    carries_pixels: bool = False
 
     @property
     def spatial_stride(self) -> int:
@@ -101,6 +104,39 @@ class _Trunk(nn.Module):
         return x_nchw, new_state
 
 
+class PixelCarry(nn.Module):
+    """Pictures that change from one to the next by a share of the difference to what was drawn.
+
+    The share of a pixel is a sigmoid of what the decoder says of it and of how large its difference is: small
+    where a surface was drawn twice with different errors, all of it where something moves or the scene
+    changes.
+    """
+
+    def __init__(self, width: int, temporal_stride: int) -> None:
+        super().__init__()
+        self.gate = nn.Conv2d(width, 4 * temporal_stride, 3, padding=1)
+        self.slope = nn.Parameter(torch.tensor(8.0))
+        nn.init.zeros_(self.gate.weight)
+        nn.init.constant_(self.gate.bias, 3.0)  # nearly all of every difference, at first
+
+    def logits(self, x_nchw: Tensor) -> Tensor:
+        """What the decoder's last features say of every pixel of a group, [n,g,h,w]."""
+        return F.pixel_shuffle(self.gate(F.relu(x_nchw)), 2)
+
+    def forward(self, drawn_bthwc: Tensor, logits_bthw: Tensor, shown_bhwc: Tensor | None) -> Tensor:
+        """The pictures to show; `shown_bhwc` is the last one before them, None before a video's first."""
+        pictures = []
+        for drawn_bhwc, logit_bhw in zip(drawn_bthwc.unbind(1), logits_bthw.unbind(1), strict=True):
+            if shown_bhwc is not None:
+                change = drawn_bhwc - shown_bhwc
+                size_bhw = change.abs().mean(-1)
+                share = torch.sigmoid(logit_bhw + self.slope * size_bhw)
+                drawn_bhwc = shown_bhwc + share.unsqueeze(-1) * change
+            shown_bhwc = drawn_bhwc
+            pictures.append(shown_bhwc)
+        return torch.stack(pictures, dim=1)
+
+
 class TinyEncoder(nn.Module):
     """Groups of pixel frames -> latent frames."""
 
@@ -136,9 +172,12 @@ class TinyDecoder(nn.Module):
         self.fine_mix = CausalTimeMix(fine) if config.fine_mixes else None
         self.last_mix = CausalTimeMix(fine) if config.fine_mixes else None
         self.head = nn.Conv2d(fine, 4 * config.pixel_channels * config.temporal_stride, 3, padding=1)
+        self.carry = PixelCarry(fine, config.temporal_stride) if config.carries_pixels else None
 
-    def forward(self, latents_nchw: Tensor, state: State) -> tuple[Tensor, State]:
-        """Groups of frames folded into channels, and the new state."""
+    def forward(self, latents_nchw: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
+        """Groups of frames folded into channels as they are drawn, what a carry is to make of them (see
+        `PixelCarry`), and the new state.
+        """
         x, new_state = self.trunk(self.stem(latents_nchw), state)
         x = F.pixel_shuffle(self.up1(F.relu(x)), 2)
         if self.middle_mix is not None:
@@ -149,7 +188,8 @@ class TinyDecoder(nn.Module):
         x = self.fine(x)
         if self.last_mix is not None:
             x, new_state[_LAST] = self.last_mix(x, state[_LAST])
-        return F.pixel_shuffle(self.head(F.relu(x)), 2), new_state
+        logits = None if self.carry is None else self.carry.logits(x)
+        return F.pixel_shuffle(self.head(F.relu(x)), 2), logits, new_state
 
 
 class TinyVAE(nn.Module):
@@ -184,6 +224,8 @@ class TinyVAE(nn.Module):
             state[_MIDDLE] = like.new_zeros(batch, middle, height // 4, width // 4)
             state[_FINE] = like.new_zeros(batch, fine, height // 2, width // 2)
             state[_LAST] = state[_FINE].clone()
+        if self.config.carries_pixels:
+            state[_SHOWN] = self.latent_mean.new_zeros(batch, height, width, self.config.pixel_channels)
         return state
 
     def encode_chunk(self, frames_bthwc: Tensor, state: State) -> tuple[Tensor, State]:
@@ -238,11 +280,17 @@ class TinyVAE(nn.Module):
         """As `decode_chunk`, from latents that are not normalised."""
         batch, stride = raw_bfchw.shape[0], self.config.temporal_stride
         rows = raw_bfchw.flatten(0, 1).contiguous(memory_format=torch.channels_last)
-        groups, trunk = self.decoder(rows, state)
+        groups, logits, new_state = self.decoder(rows, state)
         frames = rearrange(groups, "(b f) (g c) h w -> b (f g) h w c", b=batch, g=stride)
-        if not self._started(state):
-            frames = frames[:, stride - 1 :]
-        return frames, self._after(state, trunk)
+        started = self._started(state)
+        skipped = 0 if started else stride - 1
+        frames = frames[:, skipped:]
+        if logits is not None:
+            assert self.decoder.carry is not None
+            logits_bthw = rearrange(logits, "(b f) g h w -> b (f g) h w", b=batch)[:, skipped:]
+            frames = self.decoder.carry(frames, logits_bthw, state[_SHOWN] if started else None)
+            new_state[_SHOWN] = frames[:, -1]
+        return frames, self._after(state, new_state)
 
     def _init_state(self, trunk: _Trunk, width: int, batch: int, height: int, pixel_width: int) -> State:
         stride = self.config.spatial_stride

@@ -54,6 +54,12 @@ class VAETrainingConfig(Config):
     seam_weight: float = Field(
         0.0, ge=0, description="extra weight of differences from one latent frame's last frame to the next's"
     )
+    absolute_difference_weight: float = Field(
+        0.0, ge=0, description="share of absolute beside squared error of these differences: small ones count"
+    )
+    cut_share: float = Field(
+        0.0, ge=0, le=1, description="share of clips that cut to another scene at a random latent frame"
+    )
     latent_noise: float = Field(
         0.15, ge=0, description="upper end of the noise added to latents when decoding"
     )
@@ -84,6 +90,15 @@ def render_clips(
         for scene, start in zip(scenes, starts, strict=True)
     ]
     return torch.from_numpy(np.stack(clips)).float().div_(127.5).sub_(1.0)
+
+
+def cut_clips(frames_bthwc: Tensor, share: float, stride: int, generator: torch.Generator) -> Tensor:
+    """Some clips, each going over to the next one's frames where a latent frame begins."""
+    num_clips, num_frames = frames_bthwc.shape[:2]
+    cut = torch.rand(num_clips, generator=generator) < share
+    at = 1 + stride * torch.randint((num_frames - 1) // stride, (num_clips,), generator=generator)
+    other = cut[:, None] & (torch.arange(num_frames) >= at[:, None])
+    return torch.where(other[..., None, None, None], frames_bthwc.roll(1, dims=0), frames_bthwc)
 
 
 def edge_map(frames_bthwc: Tensor) -> Tensor:
@@ -144,6 +159,8 @@ class VAETask:
         scenes = clip_scenes(seeds, config.levels, "train")
         frames = render_clips(scenes, starts, self.num_frames, config)
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        if config.cut_share > 0:
+            frames = cut_clips(frames, config.cut_share, self.vae.config.temporal_stride, generator)
         state = self.vae.init_encode_state(config.num_clips, config.height, config.width)
         with torch.set_grad_enabled(not config.freeze_encoder):
             latents, _ = self.vae.encode_raw(frames, state)
@@ -159,8 +176,9 @@ class VAETask:
         if config.difference_weight > 0:
             stride = self.vae.config.temporal_stride
             at_seam_t111 = torch.arange(self.num_frames - 1).remainder(stride).eq(0)[:, None, None, None]
-            jumps = weight[:, 1:] * (1 + config.seam_weight * at_seam_t111) * error.diff(dim=1).square()
-            jumps = jumps.flatten(1).mean(dim=1)
+            jump = error.diff(dim=1)
+            size = jump.square() + config.absolute_difference_weight * jump.abs()
+            jumps = (weight[:, 1:] * (1 + config.seam_weight * at_seam_t111) * size).flatten(1).mean(dim=1)
             by_clip = by_clip + config.difference_weight * jumps
         reconstruction = (by_clip.log() if config.relative_error else by_clip).mean()
         psnr = -10 * torch.log10(squared.detach().mean() / 4)

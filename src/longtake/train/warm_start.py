@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from longtake.io.checkpoints import load_into
 
-_ADDED = ("decoder.middle_mix.", "decoder.fine_mix.", "decoder.last_mix.", "frame_embedding.", "memory.")
+_ADDED = (
+    "decoder.middle_mix.",
+    "decoder.fine_mix.",
+    "decoder.last_mix.",
+    "decoder.carry.",
+    "frame_embedding.",
+    "memory.",
+)
 """Layers that add to what goes past them, or to what is read, and may start as they are."""
 _LONGER = ("position",)
 """One row per place; further rows start as they are."""
@@ -21,7 +28,7 @@ _RESIZED = ("spatial_embedding.weight",)
 
 def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights into a module that may have grown: longer prompts, another token grid, finer time mixing,
-    a memory, more blocks, cross-attention in more of them.
+    carried pixels, a memory, more blocks, cross-attention in more of them.
 
     Blocks are spread evenly over the larger number. A new one, or a new cross-attention, is a copy of the
     last before it that adds nothing yet: its output projections are zero, so a deeper network starts as
