@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from longtake.errors import ModelError
-from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.models.tiny_vae import PixelCarry, TinyVAE, TinyVAEConfig
 
 CONFIG = TinyVAEConfig(latent_channels=4, encoder_widths=(8, 12), decoder_widths=(8, 8, 12), num_blocks=2)
 
@@ -114,6 +114,17 @@ def test_a_carried_picture_changes_where_the_decoder_says_or_much_is_new(
         shown[:, 1:], drawn[:, 1:] if share else shown[:, :1].expand(-1, 12, -1, -1, -1)
     )
     assert torch.equal(state["shown"], shown[:, -1])
+
+
+@torch.no_grad()
+def test_a_carry_that_has_learned_nothing_keeps_what_is_small_and_lets_go_what_is_large() -> None:
+    carry = PixelCarry(8, 4)
+    logits = carry.logits(torch.zeros(1, 8, 4, 4))[:, :2]
+    shown = torch.zeros(1, 8, 8, 3)
+    for change, least, most in ((0.01, 0.0, 0.2), (0.15, 0.85, 1.0), (0.5, 0.999, 1.0)):
+        pictures = carry(torch.full((1, 2, 8, 8, 3), change), logits, shown)
+        share = float(pictures[0, 0, 0, 0, 0]) / change
+        assert least <= share <= most, change
 
 
 def test_state_is_never_changed_in_place(vae: TinyVAE) -> None:
