@@ -28,7 +28,13 @@ def fresh_task(**changes: object) -> DiTTask:
     source = FreshClips(TinyVAE(VAE).eval(), cache, guided=True, ahead=ahead)
     held_out = source.draw(np.random.default_rng(9), 2)
     config = DiTTrainingConfig(
-        loop=loop(4), num_clips=2, num_first_clips=1, num_chunks=3, guide_weight=1.0, guide_layer=0
+        loop=loop(4),
+        num_clips=2,
+        num_first_clips=1,
+        num_chunks=3,
+        fresh_clips=True,
+        guide_weight=1.0,
+        guide_layer=0,
     )
     return DiTTask(networks(), HISTORY, config.replace(**changes), held_out, source, held_out)
 
@@ -106,6 +112,11 @@ def test_relative_errors_go_on_counting_when_they_are_small() -> None:
         error = token_guide_error(probe, torch.randn(1, 4, 4), guide, 1, relative=True)
         errors.append(float(error.detach()))
     assert errors[0] - errors[1] == pytest.approx(np.log(100), rel=1e-2)
+
+
+def test_clips_of_a_cache_have_no_guide_to_read() -> None:
+    with pytest.raises(ConfigError, match="without a guide; set fresh_clips=true"):
+        DiTTrainingConfig(guide_weight=1.0)
 
 
 def test_looking_back_is_refused() -> None:

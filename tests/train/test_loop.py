@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from longtake.config import Config
 from longtake.errors import ConfigError, TrainingError
 from longtake.train.loop import STOPPED_EARLY, Learner, LoopConfig, build_optimizer, run
 from longtake.train.optim import AdamWConfig
@@ -134,6 +135,35 @@ def test_checkpoints_from_before_a_setting_existed_are_read(tmp_path: Path) -> N
     torch.save({**state, "config": json.dumps({**stored, "gone": 1})}, path)
     with pytest.raises(TrainingError, match=r"another version.*'gone'"):
         run(Regression(config), config, tmp_path)
+
+
+class Stage(Config):
+    loop: LoopConfig
+    guidance: float = 1.0
+
+
+def test_a_run_goes_on_under_all_settings_of_its_stage(tmp_path: Path) -> None:
+    stage = Stage(loop=settings(num_steps=3))
+    run(Regression(stage.loop), stage.loop, tmp_path, 0.0, stage)
+    for changed, named in (
+        (stage.replace(guidance=2.0), "guidance=1.0, not 2.0"),
+        (stage.replace(loop=settings(num_steps=5)), "loop.num_steps=3, not 5"),
+    ):
+        with pytest.raises(TrainingError, match=named):
+            run(Regression(changed.loop), changed.loop, tmp_path, settings=changed)
+    run(Regression(stage.loop), stage.loop, tmp_path, settings=stage)
+
+
+def test_what_products_run_in_is_kept_where_it_was_measured(tmp_path: Path) -> None:
+    config = settings(num_steps=3, precision="auto")
+    run(Regression(config), config, tmp_path, 0.0)
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path)
+    for stored, expected in (("torch.bfloat16", torch.bfloat16), ("None", torch.float32)):
+        torch.save({**state, "dtype": stored}, path)
+        task = Regression(config)
+        run(task, config, tmp_path, 0.0)
+        assert task.dtypes == {expected}
 
 
 def test_the_average_begins_where_it_is_told(tmp_path: Path) -> None:

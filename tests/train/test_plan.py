@@ -136,7 +136,8 @@ def test_weights_state_and_averages_are_counted_to_the_byte() -> None:
 
 
 def test_a_probe_is_counted_with_what_it_reads() -> None:
-    made = toy(windows={"guide_weight": 1.0, "guide_layer": 1, "prompt_guide_weight": 1.0})
+    guided = {"guide_weight": 1.0, "guide_layer": 1, "guide_ahead": (4, 8), "prompt_guide_weight": 1.0}
+    made = toy(windows={**guided, "fresh_clips": True})
     plan, task = made.plan("windows", PLENTY), task_of(made, "windows")
     assert plan is not None
     assert plan.fixed["gradients"] == sum(p.nbytes for p in task.module.parameters())

@@ -16,6 +16,7 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
+from longtake.stream.state import PromptSwitch
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.excerpts import LatentCacheConfig, excerpt
@@ -72,6 +73,7 @@ def guided_task() -> DiTTask:
         num_first_clips=2,
         num_first_copies=1,
         first_weight=3.0,
+        fresh_clips=True,
         guide_weight=1.0,
         guide_layer=1,
         prompt_guide_weight=0.5,
@@ -147,6 +149,17 @@ def test_scenes_are_cut_where_latent_frames_begin() -> None:
     assert len(set(begins)) > 1
     assert all(float(row[0]) == i and float(row[-1]) == (i - 1) % 6 for i, row in enumerate(cut))
     assert torch.equal(cut_clips(clips, 0.0, 4, torch.Generator()), clips)
+
+
+@pytest.mark.parametrize("changes", [{"guide_weight": 1.0}, {"num_clips": 1}])
+def test_cuts_that_nothing_could_tell_of_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=r"cut_share=0\.5 with guide_weight"):
+        VAETrainingConfig(cut_share=0.5).replace(**changes)
+
+
+def test_a_sink_that_a_batch_cannot_drop_is_refused() -> None:
+    with pytest.raises(ConfigError, match='switch.sink="drop"'):
+        DiTTrainingConfig(switch=PromptSwitch(text="", sink="drop"))
 
 
 def test_the_decoder_learns_what_to_carry_on() -> None:
@@ -344,6 +357,25 @@ def test_a_recipe_runs_from_nothing_to_a_model_that_streams(tmp_path: Path) -> N
     assert warm["foreground_first_0.5"] > 0
     with pytest.raises(TrainingError, match="no trained VAE"):
         train(toy, tmp_path / "empty", stages=("latents",))
+
+
+def test_distillation_is_taught_by_what_the_stages_before_it_left(tmp_path: Path) -> None:
+    toy = recipe()
+    fast = toy.windows.loop.replace(num_warmup_steps=0)
+    toy = toy.replace(windows=toy.windows.replace(loop=fast, muon_learning_rate=0.5, adamw_learning_rate=0.5))
+    train(toy, tmp_path, ["vae", "latents", "first", "windows", "trajectory", "export"])
+    teacher = load_model(str(tmp_path / "toy-teacher.safetensors"))
+    assert (teacher.card.stream.guidance, teacher.card.stream.opening_guidance) == (
+        toy.trajectory.guidance,
+        None,
+    )
+    before, _ = read_safetensors(tmp_path / "first" / "weights.safetensors")
+    taught, _ = read_safetensors(tmp_path / "windows" / "weights.safetensors")
+    name = "blocks.0.ffn.0.weight"
+    assert (before[f"dit.{name}"] - taught[f"dit.{name}"]).abs().max() > 0.1
+    torch.testing.assert_close(
+        teacher.pipeline.dit.get_parameter(name), taught[f"dit.{name}"], atol=0.02, rtol=0.02
+    )
 
 
 def test_damaged_and_foreign_model_files_are_refused(tmp_path: Path) -> None:

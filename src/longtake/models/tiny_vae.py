@@ -119,7 +119,7 @@ class PixelCarry(nn.Module):
         # training this takes a quarter off the flicker of a decoder of 36 dB and none of its sharpness.
         self.slope = nn.Parameter(torch.tensor(30.0))
         nn.init.zeros_(self.gate.weight)
-        nn.init.constant_(self.gate.bias, -2.0)
+        nn.init.constant_(self.gate.get_parameter("bias"), -2.0)
 
     def logits(self, x_nchw: Tensor) -> Tensor:
         """What the decoder's last features say of every pixel of a group, [n,g,h,w]."""
@@ -127,6 +127,8 @@ class PixelCarry(nn.Module):
 
     def forward(self, drawn_bthwc: Tensor, logits_bthw: Tensor, shown_bhwc: Tensor | None) -> Tensor:
         """The pictures to show; `shown_bhwc` is the last one before them, None before a video's first."""
+        # A small share of a small difference would be lost in bf16.
+        drawn_bthwc, logits_bthw = drawn_bthwc.float(), logits_bthw.float()
         pictures = []
         for drawn_bhwc, logit_bhw in zip(drawn_bthwc.unbind(1), logits_bthw.unbind(1), strict=True):
             if shown_bhwc is not None:

@@ -215,8 +215,9 @@ def _match(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict
         held_out,
         recipe.latent_shape,
         critic,
+        temperatures=recipe.stream.temperatures,
     )
-    figures = run(task, recipe.dmd.loop, out / "dmd", seconds)
+    figures = run(task, recipe.dmd.loop, out / "dmd", seconds, recipe.dmd)
     if STOPPED_EARLY not in figures:
         write_safetensors(out / "dmd" / "weights.safetensors", module.dit.state_dict(), {})
     return figures

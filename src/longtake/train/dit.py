@@ -122,6 +122,11 @@ class DiTTrainingConfig(ClipsPerStep):
             raise ConfigError(
                 f"guide_ahead={self.guide_ahead} looks back or nowhere", "use frame counts like [8, 16, 24]"
             )
+        if self.guide_weight > 0 and not self.fresh_clips:
+            raise ConfigError(
+                f"guide_weight={self.guide_weight}: clips in a cache come without a guide",
+                "set fresh_clips=true, or guide_weight=0",
+            )
         return self
 
     @property

@@ -15,14 +15,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from longtake.config import Config
-from longtake.errors import TrainingError
+from longtake.errors import ConfigError, TrainingError
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.state import PromptSwitch
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, Prompts, excerpt
@@ -96,6 +96,15 @@ class ClipsPerStep(Config):
         PromptSwitch(text="", memory="keep"),
         description="what becomes of the past where a clip's prompt switches; its text does not matter",
     )
+
+    @model_validator(mode="after")
+    def _switches_alone(self) -> ClipsPerStep:
+        if self.switch.sink == "drop":
+            raise ConfigError(
+                'switch.sink="drop": clips of a batch switch at different times and keep a sink each',
+                'use "keep" or "reencode"',
+            )
+        return self
 
     @property
     def walks(self) -> tuple[tuple[int, int], ...]:

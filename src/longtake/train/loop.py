@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -231,15 +231,22 @@ class WeightAverage:
 
 @dataclass
 class _Progress:
-    """Steps done, the figures since the last line of the log, and those of the last evaluation."""
+    """Steps done, what products run in, the figures since the last line of the log, and those of the last
+    evaluation.
+    """
 
     step: int = 0
+    dtype: str | None = None
     window: list[dict[str, float]] = field(default_factory=list)
     figures: dict[str, float] = field(default_factory=dict)
 
 
 def run(
-    task: Task, config: LoopConfig, out: Path, stop_after_seconds: float | None = None
+    task: Task,
+    config: LoopConfig,
+    out: Path,
+    stop_after_seconds: float | None = None,
+    settings: Config | None = None,
 ) -> dict[str, float]:
     """Train until `num_steps`, resuming from `out/checkpoint.pt` where there is one.
 
@@ -248,6 +255,7 @@ def run(
         config: schedule and bookkeeping.
         out: folder for the checkpoint and for what `train.logs` writes; made if missing.
         stop_after_seconds: stop early (with a checkpoint) after this long, to be resumed later.
+        settings: all of the stage's, to which a checkpoint is held; those of the loop alone where None.
 
     Returns:
         the last evaluation's figures, with `STOPPED_EARLY` where that happened.
@@ -257,8 +265,12 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     average = WeightAverage(task.module, config.ema_decay, config.ema_from_step)
-    done = _resume(task, config, average, out)
+    settings = config if settings is None else settings
+    done = _resume(task, settings, average, out)
     dtype = autocast_dtype(config.precision, next(task.module.parameters()).device)
+    if done.dtype is not None:  # "auto" is measured, and a run goes on as it began
+        dtype = None if done.dtype == str(None) else dtype or torch.bfloat16
+    done.dtype = str(dtype)
     started = saved = time.monotonic()
     with TrainingLog(out, done.step) as log:
         while done.step < config.num_steps:
@@ -287,7 +299,7 @@ def run(
                 average.swap(task.module)
             late = stop_after_seconds is not None and time.monotonic() - started > stop_after_seconds
             if late or is_last or time.monotonic() - saved > config.checkpoint_every_seconds:
-                _save(task, config, average, done, out)
+                _save(task, settings, average, done, out)
                 saved = time.monotonic()
             if late and not is_last:
                 done.figures = {**done.figures, STOPPED_EARLY: float(done.step)}
@@ -327,10 +339,11 @@ def _means(rows: list[dict[str, float]]) -> dict[str, float]:
     return means
 
 
-def _save(task: Task, config: LoopConfig, average: WeightAverage, done: _Progress, out: Path) -> None:
+def _save(task: Task, settings: Config, average: WeightAverage, done: _Progress, out: Path) -> None:
     state = {
         "step": done.step,
-        "config": config.model_dump_json(),
+        "config": settings.model_dump_json(),
+        "dtype": done.dtype,
         "average": average.shadow,
         "modules": {name: learner.module.state_dict() for name, learner in task.learners.items()},
         "optimizers": {name: learner.optimizer.state_dict() for name, learner in task.learners.items()},
@@ -343,34 +356,43 @@ def _save(task: Task, config: LoopConfig, average: WeightAverage, done: _Progres
     os.replace(aside, out / "checkpoint.pt")
 
 
-def _resume(task: Task, config: LoopConfig, average: WeightAverage, out: Path) -> _Progress:
+def _resume(task: Task, settings: Config, average: WeightAverage, out: Path) -> _Progress:
     path = out / "checkpoint.pt"
     if not path.exists():
         return _Progress()
     state = torch.load(path, weights_only=True)
-    _check_same(state["config"], config, path)
+    _check_same(state["config"], settings, path)
     for name, learner in task.learners.items():
         learner.module.load_state_dict(state["modules"][name])
         learner.optimizer.load_state_dict(state["optimizers"][name])
     average.shadow = state["average"]
-    if "rng" in state:  # older checkpoints have neither this nor the two below
+    if "rng" in state:  # older checkpoints have neither this nor those below
         torch.set_rng_state(state["rng"])
-    return _Progress(int(state["step"]), state.get("window", []), state.get("figures", {}))
+    return _Progress(
+        int(state["step"]), state.get("dtype"), state.get("window", []), state.get("figures", {})
+    )
 
 
-def _check_same(stored: str, config: LoopConfig, path: Path) -> None:
+def _check_same(stored: str, settings: Config, path: Path) -> None:
     """Refuse to go on under another configuration; settings that are newer than the file were at their
     defaults.
     """
     remedy = "remove it or train with that configuration"
     try:
-        before = LoopConfig.loads(stored, str(path))
+        before = type(settings).loads(stored, str(path))
     except ConfigError as error:
         raise TrainingError(f"{path} was written by another version: {error.problem}", remedy) from error
-    changes = [
-        f"{name}={getattr(before, name)!r}, not {getattr(config, name)!r}"
-        for name in LoopConfig.model_fields
-        if getattr(before, name) != getattr(config, name)
-    ]
+    changes = [f"{name}={old!r}, not {new!r}" for name, old, new in _differences(before, settings)]
     if changes:
         raise TrainingError(f"{path} was written under {'; '.join(changes)}", remedy)
+
+
+def _differences(before: Config, now: Config) -> Iterator[tuple[str, object, object]]:
+    """The settings of two configurations of one kind that differ, by their dotted names."""
+    for name in type(now).model_fields:
+        old, new = getattr(before, name), getattr(now, name)
+        if isinstance(new, Config) and type(old) is type(new):
+            for inner, a, b in _differences(old, new):
+                yield f"{name}.{inner}", a, b
+        elif old != new:
+            yield name, old, new

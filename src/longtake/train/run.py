@@ -16,21 +16,27 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_networks, resolve_model, save_model
 from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
-from longtake.train.dmd import DMDTask
-from longtake.train.evictions import EvictionsTask, batch_paths, build_evictions
+from longtake.train.dmd import DMDConfig, DMDTask
+from longtake.train.evictions import EvictionsConfig, EvictionsTask, batch_paths, build_evictions
 from longtake.train.excerpts import LatentCacheConfig, captions_of
 from longtake.train.fit import this_machine
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
-from longtake.train.layers import LayersTask
-from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.layers import LayersConfig, LayersTask
+from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.samples import SampleRollouts
-from longtake.train.trajectory import TrajectoryTask
-from longtake.train.vae import VAETask, clip_scenes, measure_latents, render_clips
+from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
+from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
 from longtake.world import VERSION
 
+StageSettings = (
+    VAETrainingConfig | DiTTrainingConfig | LayersConfig | EvictionsConfig | TrajectoryConfig | DMDConfig
+)
+
+_BEFORE_DISTILLATION: tuple[Stage, ...] = ("layers", "first", "windows", "evictions", "memory")
+"""Stages of text encoder and DiT whose result is distillation's teacher."""
 _NUM_CLIPS_FOR_STATISTICS = 64
 _NUM_TEACHER_STEPS = 32
 _NUM_SAMPLES = 8
@@ -100,15 +106,28 @@ class _Networks:
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
-        for stage in ("layers", "first", "windows", "evictions", "memory"):
+        for stage in _BEFORE_DISTILLATION:
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
         for stage in ("trajectory", "dmd"):
             self._restore(stage, self.text_to_latents)
 
+    def run(
+        self, stage: Stage, task: Task, settings: StageSettings, module: nn.Module, seconds: float | None
+    ) -> dict[str, float]:
+        """Train a stage of which a module is the result, and leave its weights for the next one where it was
+        not stopped early.
+        """
+        figures = run(task, settings.loop, self.out / stage, seconds, settings)
+        if STOPPED_EARLY not in figures:
+            self.keep(stage, module)
+        return figures
+
     def keep(self, stage: Stage, module: nn.Module) -> None:
-        """Leave a finished stage's weights for the next one."""
+        """Leave a finished stage's weights for the next one, and for distillation's teacher."""
         write_safetensors(self._path(stage), module.state_dict(), {})
+        if stage in _BEFORE_DISTILLATION:
+            self.teacher = copy.deepcopy(self.text_to_latents)
 
     def require_vae(self) -> TinyVAE:
         """The trained VAE. Raises TrainingError where there is none yet."""
@@ -128,7 +147,7 @@ class _Networks:
 def _train_vae(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     vae, config = networks.vae, recipe.vae
     task = VAETask(vae, config)
-    figures = run(task, config.loop, out / "vae", seconds)
+    figures = run(task, config.loop, networks.out / "vae", seconds, config)
     if STOPPED_EARLY in figures:
         return figures
     seeds = list(range(_NUM_CLIPS_FOR_STATISTICS))
@@ -141,10 +160,7 @@ def _train_vae(recipe: Recipe, networks: _Networks, out: Path, seconds: float | 
 def _train_decoder(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     vae = networks.require_vae()
     vae.decoder.requires_grad_(True)
-    figures = run(VAETask(vae, recipe.decoder), recipe.decoder.loop, out / "decoder", seconds)
-    if STOPPED_EARLY not in figures:
-        networks.keep("decoder", vae)
-    return figures
+    return networks.run("decoder", VAETask(vae, recipe.decoder), recipe.decoder, vae, seconds)
 
 
 def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
@@ -178,19 +194,14 @@ def _train_dit(
     rollouts = _rollouts(recipe, networks, clips[-1].captions, config.num_chunks)
     recall = _recall(recipe, networks, config)
     task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts, recall)
-    figures = run(task, config.loop, out / stage, seconds)
-    if STOPPED_EARLY not in figures:
-        networks.keep(stage, networks.text_to_latents)
-    return figures
+    return networks.run(stage, task, config, networks.text_to_latents, seconds)
 
 
 def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     clips = _load_clips(recipe, networks, out, recipe.layers)
     task = LayersTask(networks.text_to_latents, _parent(recipe), recipe.stream.history, recipe.layers, *clips)
-    figures = run(task, recipe.layers.loop, out / "layers", seconds)
+    figures = networks.run("layers", task, recipe.layers, networks.text_to_latents, seconds)
     networks.text_to_latents.requires_grad_(True)
-    if STOPPED_EARLY not in figures:
-        networks.keep("layers", networks.text_to_latents)
     return figures
 
 
@@ -222,10 +233,8 @@ def _train_memory_alone(
     size = recipe.vae_model.spatial_stride
     grid = module.dit.token_grid(recipe.stream.height // size, recipe.stream.width // size)
     task = EvictionsTask(module.dit, grid, config, *paths)
-    figures = run(task, config.loop, out / "evictions", seconds)
+    figures = networks.run("evictions", task, config, module, seconds)
     module.requires_grad_(True)
-    if STOPPED_EARLY not in figures:
-        networks.keep("evictions", module)
     return figures
 
 
@@ -271,10 +280,7 @@ def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | Non
         *clips,
         _rollouts(recipe, networks, clips[-1].captions, config.num_chunks),
     )
-    figures = run(task, config.loop, out / "trajectory", seconds)
-    if STOPPED_EARLY not in figures:
-        networks.keep("trajectory", networks.text_to_latents)
-    return figures
+    return networks.run("trajectory", task, config, networks.text_to_latents, seconds)
 
 
 def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
@@ -294,10 +300,7 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
         rollouts=_rollouts(recipe, networks, held_out, config.num_chunks),
         temperatures=stream.temperatures,
     )
-    figures = run(task, config.loop, out / "dmd", seconds)
-    if STOPPED_EARLY not in figures:
-        networks.keep("dmd", networks.text_to_latents)
-    return figures
+    return networks.run("dmd", task, config, networks.text_to_latents, seconds)
 
 
 def _load_clips(
@@ -337,10 +340,19 @@ def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
     path = out / f"{recipe.name}.safetensors"
     vae = networks.require_vae()
     save_model(path, recipe.card, {"vae": vae, "text": module.text, "dit": module.dit})
-    if any((out / stage / "weights.safetensors").exists() for stage in ("trajectory", "dmd")):
+    distilled = [
+        settings.guidance
+        for stage, settings in (("trajectory", recipe.trajectory), ("dmd", recipe.dmd))
+        if (out / stage / "weights.safetensors").exists()
+    ]
+    if distilled:
         schedule = recipe.stream.schedule.with_num_steps(_NUM_TEACHER_STEPS)
         stream = recipe.stream.replace(
-            schedule=schedule, opening_schedule=None, temperature=1.0, guidance=recipe.dmd.guidance
+            schedule=schedule,
+            opening_schedule=None,
+            temperature=1.0,
+            guidance=distilled[-1],
+            opening_guidance=None,
         )
         card = recipe.card.replace(name=f"{recipe.name}-teacher", stream=stream)
         parts = {"vae": vae, "text": teacher.text, "dit": teacher.dit}

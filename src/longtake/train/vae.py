@@ -9,11 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtake.config import Config
+from longtake.errors import ConfigError
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_of
 from longtake.train.loop import Learner, LoopConfig, build_optimizer
@@ -74,6 +75,16 @@ class VAETrainingConfig(Config):
     guide_noise: float = Field(
         0.5, ge=0, description="noise added to latents that are read, in standard deviations of each channel"
     )
+
+    @model_validator(mode="after")
+    def _cuts(self) -> VAETrainingConfig:
+        if self.cut_share > 0 and (self.guide_weight > 0 or self.num_clips < 2):
+            raise ConfigError(
+                f"cut_share={self.cut_share} with guide_weight={self.guide_weight} and num_clips="
+                f"{self.num_clips}: a clip cuts to another of its batch, of which no guide tells",
+                "use guide_weight=0 and two clips or more, or cut_share=0",
+            )
+        return self
 
 
 def clip_scenes(seeds: Sequence[int], levels: Sequence[int], split: Split) -> list[Scene]:
