@@ -19,11 +19,11 @@ from toy_training import CAPTIONS, DIT, HISTORY, loop, networks
 SCHEDULE = Schedule(steps=(1000, 600, 300), shift=2.0)
 
 
-def task(**settings: object) -> DMDTask:
+def task(schedule: Schedule = SCHEDULE, **settings: object) -> DMDTask:
     student = networks()
     config = DMDConfig(loop=loop(4), num_clips=3, num_chunks=3).replace(**settings)
     shape = (4, 4, 4)
-    return DMDTask(student, copy.deepcopy(student), HISTORY, SCHEDULE, config, CAPTIONS, CAPTIONS[:2], shape)
+    return DMDTask(student, copy.deepcopy(student), HISTORY, schedule, config, CAPTIONS, CAPTIONS[:2], shape)
 
 
 def plain(captions: list[str]) -> _Script:
@@ -60,9 +60,13 @@ def test_nothing_pulls_where_critic_and_teacher_agree() -> None:
 
 
 @torch.no_grad()
-def test_a_rollout_is_what_serving_would_make() -> None:
-    matched = task()
-    steps = SCHEDULE.resolve()
+@pytest.mark.parametrize("path", [None, (0.9, 0.5)])
+def test_a_rollout_is_what_serving_would_make(path: tuple[float, float] | None) -> None:
+    schedule = SCHEDULE.replace(path=path)
+    matched = task(schedule=schedule)
+    steps = schedule.resolve()
+    kept = [steps.keeps_noise(step) for step in range(1, 3)]
+    assert any(kept) == (path is not None)
     seed = next(  # one whose exit is the last step
         seed
         for seed in range(100)
@@ -74,7 +78,12 @@ def test_a_rollout_is_what_serving_would_make() -> None:
     text = matched.module.encode(CAPTIONS)
     history = PureHistory(HISTORY, matched.module.dit.cache_spec(), grid=matched.module.dit.token_grid(4, 4))
     for made in chunks:
-        noise = [torch.randn(made.shape, generator=generator) for _ in range(3)]
+        noise = [
+            torch.randn(made.shape, generator=generator)
+            if step == 0 or not kept[step - 1]
+            else torch.empty(0)
+            for step in range(3)
+        ]
         view = history.view()
         expected = sample_chunk(matched.module.dit, text, view, noise, steps)
         torch.testing.assert_close(made, expected, atol=1e-4, rtol=1e-4)
@@ -111,7 +120,7 @@ def test_a_prompt_switch_reaches_all_three_networks() -> None:
 def test_rollouts_are_as_cold_as_serving() -> None:
     """Without noise, chunks after the first and after a switch follow from the past alone."""
     matched = task()
-    matched._temperatures = (0.0,) * len(matched._sigmas)
+    matched._temperatures = (0.0,) * len(matched._steps.sigmas)
     first, ends = torch.randn(3, 2, 4, 4, 4), []
     for _ in range(2):
         noises = iter([first, *(torch.randn(3, 2, 4, 4, 4) for _ in range(2))])

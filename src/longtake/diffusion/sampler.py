@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -44,6 +45,36 @@ def chunk_noise(
     return [torch.stack([one(seed, chunk, step) for seed, chunk in pairs]) for step in range(num_steps)]
 
 
+def few_steps(
+    predict: Callable[[int, Tensor], Tensor],
+    noise: Callable[[int], Tensor],
+    steps: Steps,
+    num_steps: int | None = None,
+) -> Tensor:
+    """The few-step sampler, whatever predicts: serving and the rollouts of training go through it alike.
+
+    Args:
+        predict: of a step's index and its noisy latents the clean ones.
+        noise: of a step's index, asked in order and only where a step draws any.
+        steps: noise levels, and where noise is kept from step to step.
+        num_steps: how many of them are gone; None for all.
+
+    Returns:
+        What the last step that was gone predicts.
+    """
+    sigmas = steps.sigmas[:num_steps]
+    assert sigmas, "at least one step"
+    x = noise(0)
+    clean = predict(0, x)
+    for step, (before, sigma) in enumerate(pairwise(sigmas), start=1):
+        if steps.keeps_noise(step):
+            x = along_path(x, clean, before, sigma)
+        else:
+            x = add_noise(clean, noise(step), sigma)
+        clean = predict(step, x)
+    return clean
+
+
 def sample_chunk(
     dit: DiT,
     text: TextContext,
@@ -71,24 +102,20 @@ def sample_chunk(
     """
     assert len(noise) == len(steps.timesteps), "one noise per step"
     dtype = dit.patch_embedding.weight.dtype
-    x = noise[0]
-    clean = x
-    for step, (timestep, sigma) in enumerate(zip(steps.timesteps, steps.sigmas, strict=True)):
-        if step > 0:
-            view = view.after_first_pass()
-            if steps.keeps_noise(step):
-                x = along_path(x, clean, steps.sigmas[step - 1], sigma)
-            else:
-                x = add_noise(clean, noise[step], sigma)
+    later = view.after_first_pass()
+
+    def predict(step: int, x: Tensor) -> Tensor:
         rows = x if guidance is None else torch.cat([x, x])
-        flow, _ = dit(rows.to(dtype), rows.new_full(rows.shape[:2], timestep), text, view)
+        times = rows.new_full(rows.shape[:2], steps.timesteps[step])
+        flow, _ = dit(rows.to(dtype), times, text, later if step else view)
         if guidance is not None:
             positive, negative = flow.chunk(2)
             flow = negative + guidance * (positive - negative)
         if on_flow is not None:
             on_flow(flow)
-        clean = to_clean(x, flow, sigma)
-    return clean
+        return to_clean(x, flow, steps.sigmas[step])
+
+    return few_steps(predict, noise.__getitem__, steps)
 
 
 def context_pass(

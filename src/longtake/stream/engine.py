@@ -1,5 +1,6 @@
 """A batch of streams in fixed buffers. :meth:`Engine.advance` is the one function that makes video:
-serving, command line, training rollouts, evaluation and benchmarks all call it.
+serving, command line, evaluation, benchmarks and the samples of training all call it. Rollouts that gradients
+flow through share its sampler (`diffusion.sampler.few_steps`) and its history's rules (`train.walk`).
 
 Legend: b streams, r rows (b, or 2b under guidance), f latent frames, c h w of latents, t pixel frames.
 """

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.diffusion.flow import Schedule, shift_sigmas
+from longtake.diffusion.sampler import few_steps
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Absolute
@@ -206,8 +207,8 @@ class DMDTask:
         self._half = teacher.dit.patch_embedding.weight.dtype == torch.bfloat16
         self.config = config
         self._teacher = teacher.eval().requires_grad_(False)
-        self._sigmas = schedule.resolve().sigmas
-        self._temperatures = (1.0,) * len(self._sigmas) if temperatures is None else tuple(temperatures)
+        self._steps = schedule.resolve()
+        self._temperatures = (1.0,) * len(self._steps.sigmas) if temperatures is None else tuple(temperatures)
         self._captions = captions
         self._held_out = held_out
         self._shape = (history.chunk_frames, *latent_shape)
@@ -323,7 +324,7 @@ class DMDTask:
         lead, which learn nothing, and those to be scored.
         """
         config = self.config
-        exit_step = int(torch.randint(len(self._sigmas), (1,), generator=generator))
+        exit_step = int(torch.randint(len(self._steps.sigmas), (1,), generator=generator))
         walk = self._walk(self.module, script.before, self.history)
         shape = (script.num_clips, *self._shape)
         chunks: list[Tensor] = []
@@ -336,17 +337,10 @@ class DMDTask:
                 text = self.module.encode(script.after)
                 with torch.set_grad_enabled(learn and credits_memory):
                     walk.switch(text, config.switch, learns=False)
-            scales = (1.0,) * len(self._sigmas) if number in (0, switch) else self._temperatures
-            learns = learn and number >= script.lead
-            noisy = scales[0] * self._noise(shape, generator)
-            for index in range(exit_step + 1):
-                sigma = torch.full((script.num_clips,), self._sigmas[index], device=self._device)
-                with torch.set_grad_enabled(learns and index == exit_step):
-                    clean = walk.predict(noisy, sigma, first_pass=index == 0)
-                if index < exit_step:
-                    following = torch.full_like(sigma, self._sigmas[index + 1])
-                    noise = scales[index + 1] * self._noise(shape, generator)
-                    noisy = at_sigma(clean, noise, following)
+            scales = (1.0,) * len(self._steps.sigmas) if number in (0, switch) else self._temperatures
+            clean = self._denoised(
+                walk, shape, scales, generator, exit_step + 1, learns=learn and number >= script.lead
+            )
             chunks.append(clean)
             if number == total - 1:
                 break  # nobody reads it
@@ -355,6 +349,28 @@ class DMDTask:
             if config.credit_updates is not None and number < total - 1 - config.credit_updates:
                 walk.detach()
         return chunks[: script.lead], chunks[script.lead :]
+
+    def _denoised(
+        self,
+        walk: Walk,
+        shape: tuple[int, int, int, int, int],
+        scales: Sequence[float],
+        generator: torch.Generator,
+        num_steps: int,
+        *,
+        learns: bool,
+    ) -> Tensor:
+        """The next chunk after some of the sampler's steps; where it learns, through the last of them."""
+
+        def predict(step: int, noisy: Tensor) -> Tensor:
+            sigma = torch.full((len(noisy),), self._steps.sigmas[step], device=self._device)
+            with torch.set_grad_enabled(learns and step == num_steps - 1):
+                return walk.predict(noisy, sigma, first_pass=step == 0)
+
+        def noise(step: int) -> Tensor:
+            return scales[step] * self._noise(shape, generator)
+
+        return few_steps(predict, noise, self._steps, num_steps)
 
     def _score_sigmas(self, count: int, generator: torch.Generator) -> Tensor:
         sigmas = shift_sigmas(stratified(count, generator), self.config.score_shift)
@@ -375,12 +391,8 @@ class DMDTask:
         shape = (len(captions), *self._shape)
         chunks = []
         for number in range(self.config.num_chunks):
-            clean = torch.zeros(shape, device=self._device)
-            scales = (1.0,) * len(self._sigmas) if number == 0 else self._temperatures
-            for index, (value, scale) in enumerate(zip(self._sigmas, scales, strict=True)):
-                sigma = torch.full((len(captions),), value, device=self._device)
-                noisy = at_sigma(clean, scale * self._noise(shape, generator), sigma)
-                clean = walk.predict(noisy, sigma, first_pass=index == 0)
+            scales = (1.0,) * len(self._steps.sigmas) if number == 0 else self._temperatures
+            clean = self._denoised(walk, shape, scales, generator, len(self._steps.sigmas), learns=False)
             walk.commit(clean)
             chunks.append(clean)
         critic, teacher = self._score_walk(captions), self._guided_teacher(captions)
