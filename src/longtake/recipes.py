@@ -29,14 +29,18 @@ from longtake.world.vocabulary import LEVELS
 _FIRST_SEED = 1 << 30
 _HELD_OUT_SEED = 1 << 40  # far from every training scene
 _MIXED_LEVELS = (1, 2, 1, 3)
-_WINDOW_LEVELS = (1, 2, 3, 3)  # half of level 3 pans, half switches prompts
-_FIRST_LEVELS = (1, 2, 2, 3)  # several objects are decided in the first chunk
+_WINDOW_LEVELS = (1, 1, 2, 2, 3)  # half of level 3 pans, half switches prompts
+_FIRST_LEVELS = (1, 2, 2, 2, 3)  # several objects are decided in the first chunk
 
 
 def tiny() -> Recipe:
     """The model that ships: all levels of the world at 64x64, 16 fps."""
     vae_model = TinyVAEConfig(
-        latent_channels=24, decoder_widths=(96, 128, 192), num_encoder_blocks=4, fine_mixes=True
+        latent_channels=24,
+        decoder_widths=(96, 128, 192),
+        num_encoder_blocks=4,
+        fine_mixes=True,
+        carries_pixels=True,
     )
     text_model = TinyTextConfig(words=WORDS, max_words=47)
     channels = vae_model.latent_channels
@@ -111,7 +115,7 @@ def tiny() -> Recipe:
             final_foreground_weight=3.0,
         ),
         windows=DiTTrainingConfig(
-            loop=LoopConfig(num_steps=5370, num_warmup_steps=60, decay_from=0.0),
+            loop=LoopConfig(num_steps=6270, num_warmup_steps=60, decay_from=0.0),
             muon_learning_rate=1.5e-3,
             adamw_learning_rate=8e-4,
             num_clips=6,
@@ -120,8 +124,10 @@ def tiny() -> Recipe:
             first_weight=4.0,
             fresh_clips=True,
             sigma_shift=3.0,
-            guide_weight=2.0,
-            guide_layer=4,
+            guide_weight=0.3,
+            guide_layer=3,
+            guide_ahead=(8, 16, 24),
+            guide_relative=True,
             prompt_guide_weight=0.1,
             foreground_weight=2.0,
             final_foreground_weight=2.0,
@@ -145,7 +151,9 @@ def tiny() -> Recipe:
             absolute_weight=0.02,
             levels=_MIXED_LEVELS,
             difference_weight=1.0,
+            absolute_difference_weight=0.1,
             seam_weight=2.0,
+            cut_share=0.15,
             latent_noise=0.15,
             relative_error=True,
             freeze_encoder=True,
