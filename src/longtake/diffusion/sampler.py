@@ -102,12 +102,14 @@ def sample_chunk(
     """
     assert len(noise) == len(steps.timesteps), "one noise per step"
     dtype = dit.patch_embedding.weight.dtype
-    later = view.after_first_pass()
 
     def predict(step: int, x: Tensor) -> Tensor:
+        nonlocal view
+        if step > 0:
+            view = view.after_first_pass()  # not before: where it shows another memory, it replaces the first
         rows = x if guidance is None else torch.cat([x, x])
         times = rows.new_full(rows.shape[:2], steps.timesteps[step])
-        flow, _ = dit(rows.to(dtype), times, text, later if step else view)
+        flow, _ = dit(rows.to(dtype), times, text, view)
         if guidance is not None:
             positive, negative = flow.chunk(2)
             flow = negative + guidance * (positive - negative)
