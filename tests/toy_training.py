@@ -10,11 +10,12 @@ from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.stream.pipeline import StreamConfig
-from longtake.train.dit import DiTTrainingConfig, TextToLatents
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
+from longtake.train.networks import TextToLatents
 from longtake.train.recipe import Recipe
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig

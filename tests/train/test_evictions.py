@@ -20,9 +20,10 @@ from longtake.models.memory import MemoryEncoderConfig
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_model
 from longtake.train import evictions as stage
-from longtake.train.dit import DiTTrainingConfig, TextToLatents
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.evictions import Evictions, EvictionsConfig, EvictionsTask, evictions_of
 from longtake.train.excerpts import LatentCacheConfig, prompts_in_force
+from longtake.train.networks import TextToLatents
 from longtake.train.plan import Machine
 from longtake.train.recall import RecallBatch, RecallSource
 from longtake.train.recipe import Recipe

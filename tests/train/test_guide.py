@@ -9,7 +9,8 @@ from einops import rearrange
 
 from longtake.errors import ConfigError
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.dit import DiTTask, DiTTrainingConfig
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
 from longtake.train.latents import FreshClips

@@ -8,7 +8,8 @@ import torch
 from longtake.errors import ConfigError
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.train.dit import DiTTrainingConfig, TextToLatents
+from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.networks import TextToLatents
 from longtake.train.probes import probes_of
 from longtake.train.prompt_guide import PromptProbe, _answers, _answers_of_prompt
 from longtake.train.prompts import EmbeddedPrompts

@@ -17,7 +17,8 @@ from longtake.models.memory import MemoryEncoderConfig
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
-from longtake.train.dit import DiTTask, DiTTrainingConfig
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.plan import Machine
 from longtake.train.probes import MemoryReading

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError
-from longtake.train.dit import DiTTask, DiTTrainingConfig
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.latents import Clips
 from longtake.train.walk import Observe, Walk
 from toy_training import HISTORY, loop, networks

@@ -17,11 +17,13 @@ from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
 from longtake.stream.state import PromptSwitch
-from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.excerpts import LatentCacheConfig, excerpt
 from longtake.train.latents import Clips, FreshClips, build_cache, encode_shard, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
+from longtake.train.networks import TextToLatents
 from longtake.train.optim import AdamWConfig
 from longtake.train.recipe import Recipe
 from longtake.train.run import train

@@ -14,7 +14,7 @@ from longtake.history.policy import PolicyConfig
 from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.models.dit import DiT
 from longtake.models.latent_config import LatentConfig
-from longtake.train.dit import DiTTrainingConfig
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_multiple
 from longtake.train.plan import Machine, StagePlan

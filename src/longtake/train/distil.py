@@ -26,11 +26,11 @@ from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_storage
-from longtake.train.dit import TextToLatents
 from longtake.train.dit_costs import DiTCosts
 from longtake.train.dmd import DMDConfig, DMDTask, dmd_optimizers, score_history
 from longtake.train.fit import check_fits, check_multiple, this_machine
 from longtake.train.loop import STOPPED_EARLY, autocast_dtype, run
+from longtake.train.networks import TextToLatents
 from longtake.train.plan import DeviceKind, Machine, StagePlan, plan_stage
 from longtake.train.prompts import EmbeddedPrompts, embed_prompts, read_prompts
 from longtake.train.stage_plans import Role, dmd_phases

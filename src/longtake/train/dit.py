@@ -5,167 +5,25 @@ Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from longtake.diffusion.flow import shift_sigmas
-from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
-from longtake.models.dit import DiT, TextContext
 from longtake.models.tiny_text import TinyTextEncoder
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import changed, prompts_in_force
-from longtake.train.latents import Clips, ClipSource, ClipsPerStep
-from longtake.train.loop import Learner, LoopConfig, Precision, build_optimizer
-from longtake.train.optim import AdamWConfig, MuonAdamW
+from longtake.train.latents import Clips, ClipSource
+from longtake.train.loop import Learner
+from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.probes import MemoryReading, probes_of, token_guide_error
 from longtake.train.prompt_guide import PromptProbe
-from longtake.train.prompts import EmbeddedPrompts
 from longtake.train.recall import RecallSource
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import Walk, at_sigma, stratified
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
-
-
-class DiTTrainingConfig(ClipsPerStep):
-    """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
-
-    loop: LoopConfig = LoopConfig()
-    num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
-    first_weight: float = Field(
-        1.0, gt=0, description="of chunks that are trained alone, against 1 for each chunk of whole clips"
-    )
-    text_dropout: float = Field(0.1, ge=0, lt=1, description="share of clips trained without their caption")
-    foreground_weight: float = Field(4.0, ge=1, description="weight of foreground cells at the start")
-    final_foreground_weight: float = Field(1.5, ge=1, description="and at the end of the stage")
-    min_weight_sigma: float = Field(
-        0.25, gt=0, le=1, description="errors of the clean latents weigh 1/max(sigma, this)"
-    )
-    sigma_shift: float = Field(
-        1.0, gt=0, description="shift of the training sigmas, as in sampling; above 1: more of high noise"
-    )
-    context_noise: float = Field(0.05, ge=0, description="upper end of the noise added to clean context")
-    resampled_sigmas: tuple[float, ...] = Field(
-        (),
-        description="the sampler's noise levels, falling: the network makes context again from a random one "
-        "of them on, or leaves it as it is, so that it meets its own mistakes in the past",
-    )
-    guide_weight: float = Field(
-        0.0, ge=0, description="of the error of reading off tokens where objects are and go; fresh clips only"
-    )
-    guide_layer: int = Field(2, ge=0, description="layer whose tokens are read")
-    guide_ahead: tuple[int, ...] = Field(
-        (), description="pixel frames: where objects will be after so many is to be read as well"
-    )
-    guide_relative: bool = Field(
-        False,
-        description="the logarithms of what is read count, those of clean context and of noisy chunks apart: "
-        "small errors go on falling",
-    )
-    memory_guide_weight: float = Field(
-        0.0,
-        ge=0,
-        description="of the error of reading off the memory, while it is away, where what is to come back "
-        "was; needs clips that ask for recall",
-    )
-    prompt_guide_weight: float = Field(
-        0.0, ge=0, description="of the error of reading off the text encoder's tokens what prompts ask for"
-    )
-    num_first_copies: int | None = Field(
-        None, ge=1, description="noisy copies of chunks that are trained alone; None: as many as of others"
-    )
-    num_recall_clips: int = Field(
-        0, ge=0, description="clips per step that ask for recall (`train.recall`); needs fresh clips"
-    )
-    recall_absence: tuple[float, float] = Field(
-        (1.0, 3.0), description="shortest and longest absence in them, in windows"
-    )
-    muon_learning_rate: float = Field(4e-3, gt=0)
-    adamw_learning_rate: float = Field(1.5e-3, gt=0)
-    optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
-
-    @model_validator(mode="after")
-    def _falls(self) -> DiTTrainingConfig:
-        sigmas = self.resampled_sigmas
-        if any(a <= b for a, b in pairwise((1.0, *sigmas, 0.0))):
-            raise ConfigError(
-                f"resampled_sigmas={sigmas} do not fall between 1 and 0", "use for instance [0.8, 0.5]"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _can_recall(self) -> DiTTrainingConfig:
-        low, high = self.recall_absence
-        if not 1 <= low <= high:
-            raise ConfigError(
-                f"recall_absence={self.recall_absence} is no range of absences", "use for instance [1.0, 3.0]"
-            )
-        if self.num_recall_clips > 0 and not self.fresh_clips:
-            raise ConfigError(
-                f"num_recall_clips={self.num_recall_clips} are rendered anew for every step",
-                "set fresh_clips=true",
-            )
-        if self.memory_guide_weight > 0 and self.num_recall_clips == 0:
-            raise ConfigError(
-                f"memory_guide_weight={self.memory_guide_weight} reads memories that nothing asks for",
-                "set num_recall_clips, or memory_guide_weight=0",
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _looks_ahead(self) -> DiTTrainingConfig:
-        if any(frames <= 0 for frames in self.guide_ahead):
-            raise ConfigError(
-                f"guide_ahead={self.guide_ahead} looks back or nowhere", "use frame counts like [8, 16, 24]"
-            )
-        if self.guide_weight > 0 and not self.fresh_clips:
-            raise ConfigError(
-                f"guide_weight={self.guide_weight}: clips in a cache come without a guide",
-                "set fresh_clips=true, or guide_weight=0",
-            )
-        return self
-
-    @property
-    def guided(self) -> bool:
-        """Whether clips are to come with their guide."""
-        return self.guide_weight > 0 or self.memory_guide_weight > 0
-
-    def copies_of(self, num_chunks: int) -> int:
-        """Noisy copies of each chunk of clips that are walked so far."""
-        return (self.num_first_copies if num_chunks == 1 else None) or self.num_copies
-
-
-class TextToLatents(nn.Module):
-    """The two networks that are trained together: text encoder and DiT. Or prompts embedded once, and DiT."""
-
-    def __init__(self, text: TinyTextEncoder | EmbeddedPrompts, dit: DiT) -> None:
-        super().__init__()
-        self.text = text
-        self.dit = dit
-
-    def encode(self, captions: list[str]) -> TextContext:
-        """Cross-attention keys and values of captions, ready for the DiT."""
-        embeddings_bld, mask_bl = self.text.encode(captions)
-        return self.dit.encode_text(embeddings_bld, mask_bl)
-
-
-def dit_optimizer(
-    networks: nn.Module,
-    muon_learning_rate: float,
-    adamw_learning_rate: float,
-    precision: Precision,
-    momentum: float = 0.95,
-    only_adamw: AdamWConfig | None = None,
-) -> MuonAdamW:
-    """Muon on the matrices between embeddings and output layer, AdamW on these, or AdamW on everything."""
-    names = ("embedding", "position", "modulation", "head.head", "probe")
-    return build_optimizer(
-        networks, muon_learning_rate, adamw_learning_rate, precision, names, momentum, only_adamw
-    )
 
 
 class DiTTask:

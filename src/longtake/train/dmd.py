@@ -30,8 +30,8 @@ from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.positions import Absolute
 from longtake.stream.state import PromptSwitch
-from longtake.train.dit import TextToLatents, dit_optimizer
 from longtake.train.loop import Learner, LoopConfig
+from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.optim import AdamWConfig, MuonAdamW
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import GuidedWalk, Walk, at_sigma, stratified

@@ -33,10 +33,10 @@ from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyState
 from longtake.io.checkpoints import write_safetensors
 from longtake.models.dit import DiT
 from longtake.stream.state import PromptSwitch
-from longtake.train.dit import TextToLatents
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.guide import guide_tokens
 from longtake.train.loop import Learner, LoopConfig, autocast_dtype, build_optimizer
+from longtake.train.networks import TextToLatents
 from longtake.train.optim import MuonAdamW
 from longtake.train.probes import guide_probe, token_guide_error
 from longtake.train.recall import RecallBatch, RecallSource

@@ -23,10 +23,10 @@ from longtake.history.base import HistoryConfig, HistoryView
 from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT
 from longtake.models.layers import Block
-from longtake.train.dit import TextToLatents
 from longtake.train.excerpts import prompts_in_force
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig, build_optimizer
+from longtake.train.networks import TextToLatents
 from longtake.train.optim import MuonAdamW
 from longtake.train.walk import at_sigma, stratified
 

@@ -7,7 +7,7 @@ columns, u tokens, w width.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,12 @@ from longtake.errors import ConfigError
 from longtake.history.evolving import STATE
 from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextEncoder
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens, num_guide_channels
+from longtake.train.networks import TextToLatents
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.recall import RecallBatch
 from longtake.train.walk import Walk
-
-if TYPE_CHECKING:
-    from longtake.train.dit import DiTTrainingConfig, TextToLatents
-
 
 _NEGLIGIBLE = 1e-5
 """Added to an error before its logarithm."""

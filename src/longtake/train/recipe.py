@@ -15,7 +15,7 @@ from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.bundle import ModelCard
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_parts, plan_of
-from longtake.train.dit import DiTTrainingConfig
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig
 from longtake.train.evictions import EvictionsConfig
 from longtake.train.excerpts import LatentCacheConfig

@@ -15,7 +15,8 @@ from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_networks, resolve_model, save_model
-from longtake.train.dit import DiTTask, DiTTrainingConfig, TextToLatents
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDConfig, DMDTask
 from longtake.train.evictions import EvictionsConfig, EvictionsTask, batch_paths, build_evictions
 from longtake.train.excerpts import LatentCacheConfig, captions_of
@@ -23,6 +24,7 @@ from longtake.train.fit import this_machine
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
 from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.loop import STOPPED_EARLY, Task, run
+from longtake.train.networks import TextToLatents
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.samples import SampleRollouts

@@ -19,12 +19,13 @@ from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, text_encoder_cost, vae_cost
-from longtake.train.dit import DiTTrainingConfig, TextToLatents, dit_optimizer
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dit_costs import DiTCosts
 from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
 from longtake.train.evictions import EvictionsConfig, evictions_optimizer
 from longtake.train.latents import ClipsPerStep
 from longtake.train.layers import LayersConfig, attention_of, layers_optimizer
+from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
 from longtake.train.probes import guide_probe, probes_of
 from longtake.train.recall import longest_chunks

@@ -22,10 +22,10 @@ from torch import Tensor
 from longtake.diffusion.flow import Schedule, along_path
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import TextContext
-from longtake.train.dit import TextToLatents, dit_optimizer
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep
 from longtake.train.loop import Learner, LoopConfig
+from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.optim import AdamWConfig
 from longtake.train.samples import SampleRollouts
 from longtake.train.walk import GuidedWalk, Walk
