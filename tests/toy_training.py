@@ -11,7 +11,7 @@ from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit_config import DiTTrainingConfig
-from longtake.train.dmd import DMDConfig
+from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig

@@ -15,7 +15,7 @@ from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.distil import DistillationRecipe
 from longtake.train.dit_config import DiTTrainingConfig
-from longtake.train.dmd import DMDConfig
+from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig

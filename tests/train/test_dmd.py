@@ -13,7 +13,8 @@ from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.models.memory import MemoryEncoderConfig
-from longtake.train.dmd import DMDConfig, DMDTask, _Script
+from longtake.train.dmd import DMDTask, _Script
+from longtake.train.dmd_config import DMDConfig
 from toy_training import CAPTIONS, DIT, HISTORY, loop, networks
 
 SCHEDULE = Schedule(steps=(1000, 600, 300), shift=2.0)

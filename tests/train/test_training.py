@@ -19,7 +19,8 @@ from longtake.stream.bundle import load_model, read_card, shipped_models
 from longtake.stream.state import PromptSwitch
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
-from longtake.train.dmd import DMDConfig, DMDTask
+from longtake.train.dmd import DMDTask
+from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig, excerpt
 from longtake.train.latents import Clips, FreshClips, build_cache, encode_shard, load_cache
 from longtake.train.loop import STOPPED_EARLY, run

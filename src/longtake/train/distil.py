@@ -27,7 +27,8 @@ from longtake.models.dit_config import DiTConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_storage
 from longtake.train.dit_costs import DiTCosts
-from longtake.train.dmd import DMDConfig, DMDTask, dmd_optimizers, score_history
+from longtake.train.dmd import DMDTask, dmd_optimizers
+from longtake.train.dmd_config import DMDConfig, score_history
 from longtake.train.fit import check_fits, check_multiple, this_machine
 from longtake.train.loop import STOPPED_EARLY, autocast_dtype, run
 from longtake.train.networks import TextToLatents

@@ -16,7 +16,7 @@ from longtake.stream.bundle import ModelCard
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_parts, plan_of
 from longtake.train.dit_config import DiTTrainingConfig
-from longtake.train.dmd import DMDConfig
+from longtake.train.dmd_config import DMDConfig
 from longtake.train.evictions import EvictionsConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_fits

@@ -17,7 +17,8 @@ from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_networks, resolve_model, save_model
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
-from longtake.train.dmd import DMDConfig, DMDTask
+from longtake.train.dmd import DMDTask
+from longtake.train.dmd_config import DMDConfig
 from longtake.train.evictions import EvictionsConfig, EvictionsTask, batch_paths, build_evictions
 from longtake.train.excerpts import LatentCacheConfig, captions_of
 from longtake.train.fit import this_machine

@@ -21,7 +21,8 @@ from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, text_encoder_cost, vae_cost
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dit_costs import DiTCosts
-from longtake.train.dmd import DMDConfig, dmd_optimizers, score_history
+from longtake.train.dmd import dmd_optimizers
+from longtake.train.dmd_config import DMDConfig, score_history
 from longtake.train.evictions import EvictionsConfig, evictions_optimizer
 from longtake.train.latents import ClipsPerStep
 from longtake.train.layers import LayersConfig, attention_of, layers_optimizer
