@@ -60,6 +60,19 @@ def test_nothing_pulls_where_critic_and_teacher_agree() -> None:
     assert float(loss.detach()) < 1e-6
 
 
+def test_scores_are_taken_at_shifted_levels_within_their_bounds() -> None:
+    low, even, shifted = (
+        task(min_score_sigma=0.2, max_score_sigma=0.9, score_shift=shift)._score_sigmas(
+            400, torch.Generator().manual_seed(0)
+        )
+        for shift in (0.2, 1.0, 5.0)
+    )
+    for sigmas in (low, even, shifted):
+        assert (float(sigmas.min()), float(sigmas.max())) == pytest.approx((0.2, 0.9))
+    assert float(low.median()) < float(even.median()) < float(shifted.median())
+    assert float(even.median()) == pytest.approx(0.5, abs=0.01)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("path", [None, (0.9, 0.5)])
 def test_a_rollout_is_what_serving_would_make(path: tuple[float, float] | None) -> None:
