@@ -23,6 +23,7 @@ from longtake.io.checkpoints import (
     weights_digest,
     write_safetensors,
 )
+from longtake.models.memory import MemoryEncoderConfig
 from tiny_parts import GRID, small_dit
 
 
@@ -40,7 +41,8 @@ def test_names_round_trip(fmt: Format) -> None:
 
 
 def test_options_have_no_foreign_names() -> None:
-    state = small_dit(pooled_text=True, spatial_embedding=(2, 2)).state_dict()
+    memory = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, normalize_keys=True)
+    state = small_dit(pooled_text=True, spatial_embedding=(2, 2), memory=memory).state_dict()
     assert list(to_own(from_own(state, "own"))) == list(state)
     for fmt in ("wan", "diffusers"):
         with pytest.raises(CheckpointError, match=r"no name for pooled_text\.weight"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from longtake.errors import CheckpointError
 from longtake.io.checkpoints import read_safetensors, write_safetensors
 from longtake.models.memory import MemoryEncoderConfig
-from longtake.stream.bundle import _packed, _unpacked, load_networks, save_model
+from longtake.stream.bundle import _packed, _unpacked, build, load_networks, read_card, save_model
 from model_file import DIT, write_model
 
 CONVOLUTION = "vae.encoder.fine.0.conv1.weight"
@@ -70,3 +70,66 @@ def test_a_lost_or_wrong_scale_is_told(tmp_path: Path) -> None:
             write_safetensors(path, broken, metadata)
             with pytest.raises(CheckpointError, match=re.escape(name)):
                 load_networks(path)
+
+
+def derived(folder: Path, base: str = "small") -> tuple[Path, torch.nn.ModuleDict]:
+    """A model of which one level of the decoder alone is its own, in a folder with its base."""
+    card, networks = load_networks(write_model(folder / "small.safetensors"))
+    card = card.replace(name="larger", vae=card.vae.replace(detail_width=8))
+    larger = build(card)
+    larger.load_state_dict(networks.state_dict(), strict=False)
+    path = folder / "larger.safetensors"
+    save_model(path, card, dict(larger.items()), base)
+    return path, larger
+
+
+def test_a_model_holds_only_what_its_base_does_not(tmp_path: Path) -> None:
+    path, larger = derived(tmp_path)
+    own, _ = read_safetensors(path)
+    assert own
+    assert all(name.startswith("vae.decoder.details.") for name in own)
+    card, back = load_networks(path)
+    assert card.base is not None
+    assert card.base.name == "small"
+    expected = load_networks(tmp_path / "small.safetensors")[1].state_dict() | {
+        name: tensor.half().float() for name, tensor in larger.state_dict().items() if ".details." in name
+    }
+    assert all(torch.equal(back.state_dict()[name], tensor) for name, tensor in expected.items())
+    whole = tmp_path / "whole.safetensors"
+    save_model(whole, card, dict(back.items()))  # without a base it stands alone
+    assert read_card(whole).base is None
+    assert all(torch.equal(t, back.state_dict()[n]) for n, t in load_networks(whole)[1].state_dict().items())
+
+
+def test_a_tensor_that_only_its_scale_or_only_its_steps_tell_from_the_base_is_kept(tmp_path: Path) -> None:
+    path, _ = derived(tmp_path)
+    card, networks = load_networks(path)
+    with torch.no_grad():
+        networks.get_parameter(MATRIX).mul_(2)
+        networks.get_parameter("dit.blocks.1.ffn.0.weight")[:, 0] = 0
+    save_model(path, card, dict(networks.items()), "small")
+    back = load_networks(path)[1].state_dict()
+    for name in (MATRIX, "dit.blocks.1.ffn.0.weight"):
+        torch.testing.assert_close(back[name], networks.state_dict()[name], atol=1e-3, rtol=1e-2)
+
+
+def test_a_base_that_is_missing_changed_or_no_whole_model_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "shipped").mkdir()
+    path, _ = derived(tmp_path)
+    card, networks = load_networks(path)
+    with pytest.raises(CheckpointError, match="larger.safetensors rests on another model itself"):
+        save_model(tmp_path / "third.safetensors", card, dict(networks.items()), "larger")
+    with pytest.raises(CheckpointError, match="no model 'smal' to rest on"):
+        save_model(tmp_path / "third.safetensors", card, dict(networks.items()), "smal")
+    shipped = write_model(tmp_path / "shipped" / "small.safetensors")
+    write_model(tmp_path / "small.safetensors", seed=1)
+    monkeypatch.setattr("longtake.stream.bundle.shipped_models", lambda: {"small": shipped})
+    load_networks(path)  # the version that fits, wherever it is
+    monkeypatch.setattr("longtake.stream.bundle.shipped_models", dict)
+    with pytest.raises(CheckpointError, match="another version of the model 'small'.*export the model again"):
+        load_networks(path)
+    (tmp_path / "small.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="rests on the model 'small'.*put small.safetensors beside it"):
+        load_networks(path)

@@ -59,6 +59,20 @@ def test_carried_pixels_leave_a_first_picture_as_it_was() -> None:
     assert torch.equal(after[:, 0], before[:, 0])
 
 
+@torch.no_grad()
+def test_details_are_added_to_a_decoder_that_stays_as_it_was() -> None:
+    old, new = TinyVAE(VAE).eval(), TinyVAE(VAE.replace(detail_width=8)).eval()
+    warm_start(new, old.state_dict(), "old")
+    latents = torch.randn(1, 3, 4, 2, 2)
+    before, _ = old.decode_chunk(latents, old.init_decode_state(1, 16, 16))
+    after, _ = new.decode_chunk(latents, new.init_decode_state(1, 32, 32))
+    halved = torch.nn.functional.avg_pool2d(after.flatten(0, 1).movedim(-1, 1), 2)
+    enlarged = torch.nn.functional.interpolate(
+        before.flatten(0, 1).movedim(-1, 1), scale_factor=2, mode="bilinear"
+    )
+    torch.testing.assert_close(halved, torch.nn.functional.avg_pool2d(enlarged, 2))
+
+
 def test_a_deeper_network_starts_as_the_shallower_one_and_learns_everywhere() -> None:
     old = DiT(DIT.replace(num_layers=3, cross_attention_layers=(0, 2)))
     for parameter in old.parameters():

@@ -40,6 +40,19 @@ _LATENT_ATTENTION = (
     "turns",
 )
 
+_MEMORY = (
+    "query_init",
+    *(f"layers.{{i}}.{name}" for name in ("norm1", "q", "norm_q", "o", "norm2", "ffn.0", "ffn.2")),
+    *(f"connector_proj.{place}" for place in (0, 2, 3)),
+    "gate_linear",
+    "to_k",
+    "to_v",
+    "norm_k_out",
+    "to_c",
+    "norm_c",
+    "to_k_rope",
+)
+
 WAN: tuple[tuple[str, str], ...] = tuple(
     (stem, stem)
     for stem in (
@@ -64,6 +77,7 @@ OWN: tuple[tuple[str, str], ...] = (
     *WAN,
     *((stem, stem) for stem in ("pooled_text", "spatial_embedding", "frame_embedding")),
     *((f"blocks.{{i}}.self_attn.{name}",) * 2 for name in _LATENT_ATTENTION),
+    *((f"memory.{name}",) * 2 for name in _MEMORY),
 )
 """Our names: Wan2.1's and those of our options, which no foreign format can hold."""
 

@@ -1,4 +1,4 @@
-"""The small causal video VAE that ships: 4x in time, 8x8 in space, one network run whole or as a stream.
+"""The small causal video VAE that ships: 4x in time, 8x8 or 16x16 in space, run whole or as a stream.
 
 A latent frame covers `temporal_stride` pixel frames; the first latent frame of a video covers one pixel frame
 (as in Wan's VAE), which the encoder sees as a group of identical frames and of which the decoder keeps the
@@ -37,6 +37,9 @@ class TinyVAEConfig(Config):
             last layer, so that a group of frames sees how the one before it was drawn and joins on smoothly.
         carries_pixels: every picture is the one before it and, pixel by pixel, a learned share of what is to
             change, so that what stands still is not drawn anew with other errors for every latent frame.
+        detail_width: channels of one more level at twice the size, in the decoder alone: the encoder sees
+            pictures at half their size, so that a latent cell covers 16x16 pixels and whatever makes latents
+            costs what it did.
     """
 
     pixel_channels: int = Field(3, ge=1)
@@ -48,11 +51,14 @@ class TinyVAEConfig(Config):
     num_encoder_blocks: int | None = Field(None, ge=1)
     fine_mixes: bool = False
     carries_pixels: bool = False
+    detail_width: int | None = Field(None, ge=1)
 
     @property
     def spatial_stride(self) -> int:
-        """Pixels per latent cell along height and width: 4 by folding, 2 by the strided layer."""
-        return 8
+        """Pixels per latent cell along height and width: 4 by folding, 2 by the strided layer, and 2 where
+        details are added.
+        """
+        return 8 if self.detail_width is None else 16
 
 
 class ResidualBlock(nn.Module):
@@ -141,11 +147,32 @@ class PixelCarry(nn.Module):
         return torch.stack(pictures, dim=1)
 
 
+class PixelDetails(nn.Module):
+    """Pictures at twice the size: the small ones, enlarged, and what they look like from nearer. New details
+    are nothing.
+    """
+
+    def __init__(self, fine: int, width: int, num_blocks: int, channels: int) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(fine, 4 * width, 1)
+        self.blocks = nn.Sequential(*(ResidualBlock(width) for _ in range(num_blocks)))
+        self.head = nn.Conv2d(width, 4 * channels, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.get_parameter("bias"))
+
+    def forward(self, x_nchw: Tensor, small_nghw: Tensor) -> Tensor:
+        """[n,g,4h,4w] from the decoder's last features [n,c,h,w] and the pictures they became [n,g,2h,2w]."""
+        enlarged = F.interpolate(small_nghw, scale_factor=2, mode="bilinear", align_corners=False)
+        x = self.blocks(F.pixel_shuffle(self.up(F.relu(x_nchw)), 2))
+        return enlarged + F.pixel_shuffle(self.head(F.relu(x)), 2)
+
+
 class TinyEncoder(nn.Module):
     """Groups of pixel frames -> latent frames."""
 
     def __init__(self, config: TinyVAEConfig) -> None:
         super().__init__()
+        self._halves = config.detail_width is not None
         fine, coarse = config.encoder_widths
         self.stem = nn.Conv2d(config.pixel_channels * config.temporal_stride * 16, fine, 3, padding=1)
         self.fine = nn.Sequential(*(ResidualBlock(fine) for _ in range(config.num_blocks)))
@@ -155,6 +182,8 @@ class TinyEncoder(nn.Module):
 
     def forward(self, groups_nchw: Tensor, state: State) -> tuple[Tensor, State]:
         """Raw latents [n,c,h,w] of groups of frames folded into channels, and the new state."""
+        if self._halves:
+            groups_nchw = F.avg_pool2d(groups_nchw, 2)
         x = self.fine(self.stem(F.pixel_unshuffle(groups_nchw, 4)))
         x, state = self.trunk(self.down(x), state)
         return self.head(F.relu(x)), state
@@ -175,7 +204,10 @@ class TinyDecoder(nn.Module):
         self.middle_mix = CausalTimeMix(middle) if config.fine_mixes else None
         self.fine_mix = CausalTimeMix(fine) if config.fine_mixes else None
         self.last_mix = CausalTimeMix(fine) if config.fine_mixes else None
-        self.head = nn.Conv2d(fine, 4 * config.pixel_channels * config.temporal_stride, 3, padding=1)
+        channels = config.pixel_channels * config.temporal_stride
+        self.head = nn.Conv2d(fine, 4 * channels, 3, padding=1)
+        width = config.detail_width
+        self.details = None if width is None else PixelDetails(fine, width, config.num_blocks, channels)
         self.carry = PixelCarry(fine, config.temporal_stride) if config.carries_pixels else None
 
     def forward(self, latents_nchw: Tensor, state: State) -> tuple[Tensor, Tensor | None, State]:
@@ -193,7 +225,12 @@ class TinyDecoder(nn.Module):
         if self.last_mix is not None:
             x, new_state[_LAST] = self.last_mix(x, state[_LAST])
         logits = None if self.carry is None else self.carry.logits(x)
-        return F.pixel_shuffle(self.head(F.relu(x)), 2), logits, new_state
+        drawn = F.pixel_shuffle(self.head(F.relu(x)), 2)
+        if self.details is not None:
+            drawn = self.details(x, drawn)
+            if logits is not None:
+                logits = F.interpolate(logits, scale_factor=2, mode="bilinear", align_corners=False)
+        return drawn, logits, new_state
 
 
 class TinyVAE(nn.Module):
@@ -215,18 +252,19 @@ class TinyVAE(nn.Module):
 
     def init_encode_state(self, batch: int, height: int, width: int) -> State:
         """State before the first frame. `height` and `width` in pixels; raises ModelError unless multiples of
-        8.
+        the stride.
         """
         return self._init_state(self.encoder.trunk, self.config.encoder_widths[-1], batch, height, width)
 
     def init_decode_state(self, batch: int, height: int, width: int) -> State:
-        """State before the first latent frame; sizes in pixels, ModelError unless multiples of 8."""
+        """State before the first latent frame; sizes in pixels, ModelError unless multiples of the stride."""
         fine, middle, coarse = self.config.decoder_widths
+        stride = self.config.spatial_stride
         state = self._init_state(self.decoder.trunk, coarse, batch, height, width)
         if self.config.fine_mixes:
             like = self.latent_mean
-            state[_MIDDLE] = like.new_zeros(batch, middle, height // 4, width // 4)
-            state[_FINE] = like.new_zeros(batch, fine, height // 2, width // 2)
+            state[_MIDDLE] = like.new_zeros(batch, middle, 2 * height // stride, 2 * width // stride)
+            state[_FINE] = like.new_zeros(batch, fine, 4 * height // stride, 4 * width // stride)
             state[_LAST] = state[_FINE].clone()
         if self.config.carries_pixels:
             state[_SHOWN] = self.latent_mean.new_zeros(batch, height, width, self.config.pixel_channels)

@@ -3,7 +3,8 @@
 The file is a safetensors file with tensors `vae.*`, `text.*` and `dit.*`, stored in half precision and
 computed in single, and a `ModelCard` as JSON under the metadata key `longtake`. `longtake models` reads the
 header alone. Convolutions of the VAE's encoder, which no stream runs, and the matrices of the DiT's blocks
-and of its memory are stored as int8 with a scale for each output channel under `NAME.scale`.
+and of its memory are stored as int8 with a scale for each output channel under `NAME.scale`. A model that
+shares tensors with another one may name it as its base and hold the others alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.errors import CheckpointError, ConfigError, nearest
-from longtake.io.checkpoints import load_into, read_safetensors, write_safetensors
+from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
@@ -33,6 +34,18 @@ _AS_INT8 = {"vae.encoder.": 4, "dit.blocks.": 2, "dit.memory.": 2}
 _SCALE = ".scale"
 
 
+class Base(Config):
+    """The model that holds what another one's file lacks.
+
+    Attributes:
+        name: of a file `NAME.safetensors` beside the other one, or of a shipped model.
+        tensors: digest of them as they are stored (`weights_digest`): with others it would be another model.
+    """
+
+    name: str = Field(min_length=1)
+    tensors: str
+
+
 class ModelCard(Config):
     """Everything about a small model that is not a weight."""
 
@@ -43,6 +56,7 @@ class ModelCard(Config):
     text: TinyTextConfig
     dit: DiTConfig
     stream: StreamConfig
+    base: Base | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ class LoadedModel:
 def shipped_models() -> dict[str, Path]:
     """Names and files of the models that come with the package."""
     folder = Path(str(resources.files("longtake"))) / "weights"
-    return {path.stem: path for path in sorted(folder.glob("*.safetensors"))}
+    return {path.stem: path for path in sorted(folder.glob("*.safetensors"), key=lambda path: path.stem)}
 
 
 def resolve_model(name_or_path: str) -> Path:
@@ -111,9 +125,12 @@ def build(card: ModelCard) -> nn.ModuleDict:
 def load_networks(path: Path) -> tuple[ModelCard, nn.ModuleDict]:
     """Card and networks of a model file, in single precision. Raises CheckpointError as `load_model`."""
     card = read_card(path)
-    stored, _ = read_safetensors(path)
-    state = _unpacked(stored, str(path))
     networks = build(card)
+    stored, _ = read_safetensors(path)
+    shared = {} if card.base is None else _tensors_of(card.base, path)
+    wanted = {*networks.state_dict(), *stored}
+    unpacked = _unpacked({**shared, **stored}, str(path))
+    state = {name: tensor for name, tensor in unpacked.items() if name in wanted}
     load_into(networks, state, str(path))
     for name, tensor in networks.state_dict().items():
         if not torch.isfinite(tensor).all():
@@ -140,13 +157,69 @@ def load_model(name_or_path: str) -> LoadedModel:
     return LoadedModel(card, Pipeline(dit, vae, text, card.stream), path)
 
 
-def save_model(path: Path, card: ModelCard, networks: Mapping[str, nn.Module]) -> None:
-    """Write a model file whole or not at all. Raises CheckpointError where the path cannot be written."""
+def save_model(
+    path: Path, card: ModelCard, networks: Mapping[str, nn.Module], base: str | None = None
+) -> None:
+    """Write a model file whole or not at all.
+
+    Args:
+        path: of the file.
+        card: its description; what it says of a base does not matter.
+        networks: by the names of the file.
+        base: name of a model that is to be found wherever this one is: what both store alike is left out.
+
+    Raises:
+        CheckpointError: the path cannot be written, or the base not be read.
+    """
     tensors: dict[str, Tensor] = {}
     for part, module in networks.items():
         for name, tensor in module.state_dict().items():
             tensors |= _packed(f"{part}.{name}", tensor.detach())
+    card = card.replace(base=None)
+    if base is not None:
+        found = _bases(base, path)
+        if not found:
+            raise CheckpointError(f"no model {base!r} to rest on", nearest(base, shipped_models()))
+        stored = _stored_whole(found[0])
+        card = card.replace(base=Base(name=base, tensors=weights_digest(stored)))
+        tensors = {name: t for name, t in tensors.items() if not _equal(t, stored.get(name))}
     write_safetensors(path, tensors, {METADATA_KEY: card.dumps()})
+
+
+def _tensors_of(base: Base, path: Path) -> dict[str, Tensor]:
+    """What a base stores, for the model at a path."""
+    found = _bases(base.name, path)
+    for candidate in found:
+        stored = _stored_whole(candidate)
+        if weights_digest(stored) == base.tensors:
+            return stored
+    if not found:
+        raise CheckpointError(
+            f"{path} rests on the model {base.name!r}, which is not there",
+            f"put {base.name}.safetensors beside it",
+        )
+    raise CheckpointError(
+        f"{path} rests on another version of the model {base.name!r} than {found[0]}",
+        "fetch both again, or export the model again",
+    )
+
+
+def _bases(name: str, path: Path) -> list[Path]:
+    """Where a model's base may be: beside its own file, and among the shipped ones."""
+    beside = path.with_name(f"{name}.safetensors")
+    shipped = shipped_models().get(name)
+    return [each for each in (beside, shipped) if each is not None and each.is_file() and each != path]
+
+
+def _stored_whole(path: Path) -> dict[str, Tensor]:
+    """The tensors of a model that is no part of one."""
+    if read_card(path).base is not None:
+        raise CheckpointError(f"{path} rests on another model itself", "name that one as the base")
+    return read_safetensors(path)[0]
+
+
+def _equal(tensor: Tensor, other: Tensor | None) -> bool:
+    return other is not None and tensor.dtype == other.dtype and torch.equal(tensor, other)
 
 
 def _packed(name: str, tensor: Tensor) -> dict[str, Tensor]:

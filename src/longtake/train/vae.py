@@ -6,6 +6,7 @@ Legend: b clips, t pixel frames, f latent frames, h/w pixels, c channels.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,6 +30,10 @@ _HELD_OUT_SEED = 1 << 41
 _NUM_SAMPLES = 4
 _PART_WEIGHTS = {"velocity": 4.0, "shape": 4.0}  # of the guide; the others are learned anyway
 _EDGE_STEP = 0.2  # between neighbouring pixels, of a range of 2: above any background's gradient
+
+
+Learned = Literal["all", "decoder", "details"]
+"""Which part of the autoencoder a stage trains."""
 
 
 class VAETrainingConfig(Config):
@@ -67,7 +72,11 @@ class VAETrainingConfig(Config):
     relative_error: bool = Field(
         False, description="take the logarithm of each clip's error, so that the mean PSNR is what is trained"
     )
-    freeze_encoder: bool = Field(False, description="train the decoder alone; the latents stay as they are")
+    learns: Learned = Field(
+        "all",
+        description="all of the network; the decoder, so that latents stay as they are; or its details alone "
+        "(`detail_width`), so that small pictures stay as they are too",
+    )
     scale_weight: float = Field(1e-3, ge=0, description="pull of the latents towards unit variance")
     guide_weight: float = Field(
         0.0, ge=0, description="of the logarithmic error of reading off latents where objects are and go"
@@ -121,6 +130,22 @@ def edge_map(frames_bthwc: Tensor) -> Tensor:
     return blurred.mul_(5).clamp_(max=1)[..., None]
 
 
+def select_learned(vae: TinyVAE, learns: Learned) -> None:
+    """Leave gradients to a part of the network alone.
+
+    Raises:
+        ConfigError: details of a network that draws none.
+    """
+    vae.requires_grad_(learns == "all")
+    part = {"all": vae, "decoder": vae.decoder, "details": vae.decoder.details}[learns]
+    if part is None:
+        raise ConfigError(
+            f'learns="{learns}", but the decoder draws no details',
+            'set vae_model.detail_width, or learns="decoder"',
+        )
+    part.requires_grad_(True)
+
+
 def latent_probe(model: TinyVAEConfig) -> nn.Linear:
     """What reads the guide off each cell of the latents, trained beside the autoencoder; reads 0 at first."""
     probe = nn.Linear(model.latent_channels, NUM_GUIDE_CHANNELS)
@@ -152,7 +177,7 @@ class VAETask:
         if config.guide_weight > 0:
             self._probe = latent_probe(module.config)
             self.module = nn.ModuleDict({"vae": module, "probe": self._probe})
-        module.encoder.requires_grad_(not config.freeze_encoder)
+        select_learned(module, config.learns)
         self.optimizer = vae_optimizer(self.module, config)
         self.learners = {"": Learner(self.module, self.optimizer, self.loss)}
 
@@ -173,7 +198,7 @@ class VAETask:
         if config.cut_share > 0:
             frames = cut_clips(frames, config.cut_share, self.vae.config.temporal_stride, generator)
         state = self.vae.init_encode_state(config.num_clips, config.height, config.width)
-        with torch.set_grad_enabled(not config.freeze_encoder):
+        with torch.set_grad_enabled(config.learns == "all"):
             latents, _ = self.vae.encode_raw(frames, state)
         amount = torch.rand(config.num_clips, 1, 1, 1, 1, generator=generator) * config.latent_noise
         noisy = latents + amount * torch.randn(latents.shape, generator=generator)
@@ -193,7 +218,7 @@ class VAETask:
             by_clip = by_clip + config.difference_weight * jumps
         reconstruction = (by_clip.log() if config.relative_error else by_clip).mean()
         psnr = -10 * torch.log10(squared.detach().mean() / 4)
-        if config.freeze_encoder:
+        if config.learns != "all":
             return reconstruction, {"psnr": float(psnr)}
         variance_c = latents.float().var(dim=(0, 1, 3, 4))
         scale = latents.float().square().mean() + variance_c.clamp_min(1e-4).log().square().mean()

@@ -16,6 +16,7 @@ _ADDED = (
     "decoder.fine_mix.",
     "decoder.last_mix.",
     "decoder.carry.",
+    "decoder.details.",
     "frame_embedding.",
     "memory.",
 )
@@ -28,7 +29,7 @@ _RESIZED = ("spatial_embedding.weight",)
 
 def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights into a module that may have grown: longer prompts, another token grid, finer time mixing,
-    carried pixels, a memory, more blocks, cross-attention in more of them.
+    carried pixels, details, a memory, more blocks, cross-attention in more of them.
 
     Blocks are spread evenly over the larger number. A new one, or a new cross-attention, is a copy of the
     last before it that adds nothing yet: its output projections are zero, so a deeper network starts as
