@@ -83,7 +83,7 @@ def recipe() -> Recipe:
             num_latent_frames=2,
             height=16,
             width=16,
-            freeze_encoder=True,
+            learns="decoder",
             relative_error=True,
         ),
     )

@@ -7,18 +7,22 @@ from collections.abc import Callable
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError, nearest
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.models.dit_config import DiTConfig, wan_dit
 from longtake.models.latent_config import LatentConfig
+from longtake.models.memory import MemoryEncoderConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
+from longtake.stream.state import PromptSwitch
 from longtake.train.distil import DistillationRecipe
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
+from longtake.train.lora import LoRAConfig
 from longtake.train.optim import AdamWConfig
 from longtake.train.recipe import Recipe
 from longtake.train.trajectory import TrajectoryConfig
@@ -44,6 +48,24 @@ def tiny() -> Recipe:
     )
     text_model = TinyTextConfig(words=WORDS, max_words=47)
     channels = vae_model.latent_channels
+    windows = DiTTrainingConfig(
+        loop=LoopConfig(num_steps=6270, num_warmup_steps=60, decay_from=0.0),
+        muon_learning_rate=1.5e-3,
+        adamw_learning_rate=8e-4,
+        num_clips=6,
+        num_first_clips=24,
+        resampled_sigmas=(0.92, 0.79, 0.5),
+        first_weight=4.0,
+        fresh_clips=True,
+        sigma_shift=3.0,
+        guide_weight=0.3,
+        guide_layer=3,
+        guide_ahead=(8, 16, 24),
+        guide_relative=True,
+        prompt_guide_weight=0.1,
+        foreground_weight=2.0,
+        final_foreground_weight=2.0,
+    )
     return Recipe(
         name="tiny",
         level=3,
@@ -114,24 +136,7 @@ def tiny() -> Recipe:
             sigma_shift=3.0,
             final_foreground_weight=3.0,
         ),
-        windows=DiTTrainingConfig(
-            loop=LoopConfig(num_steps=6270, num_warmup_steps=60, decay_from=0.0),
-            muon_learning_rate=1.5e-3,
-            adamw_learning_rate=8e-4,
-            num_clips=6,
-            num_first_clips=24,
-            resampled_sigmas=(0.92, 0.79, 0.5),
-            first_weight=4.0,
-            fresh_clips=True,
-            sigma_shift=3.0,
-            guide_weight=0.3,
-            guide_layer=3,
-            guide_ahead=(8, 16, 24),
-            guide_relative=True,
-            prompt_guide_weight=0.1,
-            foreground_weight=2.0,
-            final_foreground_weight=2.0,
-        ),
+        windows=windows,
         trajectory=TrajectoryConfig(
             loop=LoopConfig(num_steps=200, decay_from=0.0, ema_decay=0.98), fresh_clips=True
         ),
@@ -156,45 +161,79 @@ def tiny() -> Recipe:
             cut_share=0.15,
             latent_noise=0.15,
             relative_error=True,
-            freeze_encoder=True,
+            learns="decoder",
+        ),
+    )
+
+
+def tiny_memory() -> Recipe:
+    """The small model with a memory of one frame, from the weights of `tiny`: the memory first alone, then
+    the whole network. What that gives and what it costs is in docs/experiments.md, section 20.
+    """
+    plain = tiny()
+    readers = (0, 1, 2, 4, 7)  # the other layers hardly need it
+    windows = plain.windows
+    return plain.replace(
+        name="tiny-memory",
+        warm_start="tiny",
+        stages=("latents", "evictions", "memory", "export"),
+        dit_model=plain.dit_model.replace(
+            memory=MemoryEncoderConfig(
+                width=256,
+                num_heads=8,
+                num_frames=1,
+                rows=4,
+                columns=4,
+                num_layers=1,
+                attends="cell",
+                ffn_ratio=1,
+                num_readings=len(readers),
+            )
+        ),
+        stream=plain.stream.replace(
+            history=plain.stream.history.replace(
+                positions=Relative(f_max=12), policy=EvolvingConfig(source_layer=5, read_layers=readers)
+            ),
+            memory_at_switch="keep",
+        ),
+        latents=plain.latents.replace(levels=(1, 2, 2, 2, 3)),
+        memory=windows.replace(
+            loop=windows.loop.replace(num_steps=1000, num_warmup_steps=30, decay_from=0.3, ema_decay=0.98),
+            num_clips=5,
+            num_recall_clips=3,
+            recall_absence=(1.0, 4.0),
+            memory_guide_weight=1.0,
         ),
     )
 
 
 def tiny_128() -> Recipe:
-    """The small model at 128x128, from the weights of the one at 64x64: four times the tokens, steps that are
-    a quarter as large, and few of them.
+    """The small model at 128x128: its latents and all its networks, and one more level of the decoder, which
+    draws at twice the size. That level alone is trained, and alone is in the model's file.
     """
     small = tiny()
+    pixels = {"height": 128, "width": 128}
     caches = {
-        name: getattr(small, name).replace(height=128, width=128, num_clips=num_clips)
-        for name, num_clips in (("first_latents", 4096), ("latents", 4096), ("held_out", 96))
+        name: getattr(small, name).replace(**pixels) for name in ("first_latents", "latents", "held_out")
     }
-    pixels = {"height": 128, "width": 128, "num_clips": 3}
     return small.replace(
         name="tiny-128",
         warm_start="tiny",
-        stages=("vae", "latents", "windows", "export"),
-        dit_model=small.dit_model.replace(spatial_embedding=(8, 8)),
-        stream=small.stream.replace(height=128, width=128),
-        vae=small.vae.replace(
-            loop=small.vae.loop.replace(num_steps=1200, decay_from=0.0),
-            muon_learning_rate=1e-3,
-            adamw_learning_rate=8e-4,
+        base="tiny",
+        stages=("decoder", "export"),
+        vae_model=small.vae_model.replace(detail_width=48),
+        stream=small.stream.replace(**pixels),
+        vae=small.vae.replace(**pixels),
+        **caches,
+        decoder=small.decoder.replace(
+            loop=small.decoder.loop.replace(num_steps=1200, decay_from=0.1, ema_decay=0.99),
+            learns="details",
+            levels=(1, 2, 2, 3),
+            num_clips=4,
+            muon_learning_rate=1.5e-3,
+            adamw_learning_rate=1e-3,
             **pixels,
         ),
-        **caches,
-        windows=small.windows.replace(
-            loop=small.windows.loop.replace(num_steps=1200),
-            muon_learning_rate=1e-3,
-            adamw_learning_rate=4e-4,
-            num_clips=2,
-            num_copies=3,
-            num_first_clips=6,
-        ),
-        trajectory=small.trajectory.replace(num_clips=1, num_first_clips=4),
-        dmd=small.dmd.replace(num_clips=4),
-        decoder=small.decoder.replace(**pixels),
     )
 
 
@@ -301,6 +340,53 @@ def wan_1_3b_dmd() -> DistillationRecipe:
     )
 
 
+def wan_1_3b_echo() -> DistillationRecipe:
+    """Echo-Infinity's first stage with its memory, by its published settings: Wan2.1-T2V-1.3B with three
+    frames of memory that all layers read, on clips of 21 latent frames.
+    """
+    plain = wan_1_3b_dmd()
+    return plain.replace(
+        name="wan-1.3b-echo",
+        dit_model=wan_dit().replace(
+            memory=MemoryEncoderConfig(width=1536, num_heads=12, num_frames=3, rows=30, columns=52)
+        ),
+        stream=plain.stream.replace(
+            history=HistoryConfig(
+                window_frames=12,
+                sink_frames=3,
+                chunk_frames=3,
+                positions=Relative(f_max=20),
+                policy=EvolvingConfig(timing="second_pass"),
+            ),
+        ),
+        dmd=plain.dmd.replace(memory_rate=5.0, memory_credit="first_exit"),
+    )
+
+
+def wan_1_3b_echo_long() -> DistillationRecipe:
+    """Echo-Infinity's second stage by its published settings: pieces of 21 latent frames anywhere in 240, of
+    which 18 are new, low-rank updates, and a prompt switch before most pieces.
+    """
+    first = wan_1_3b_echo()
+    adamw = AdamWConfig(learning_rate=1e-5, betas=(0.0, 0.999), weight_decay=0.01)
+    trained = "runs/wan-1.3b-echo/wan-1.3b-echo.safetensors"
+    return first.replace(
+        name="wan-1.3b-echo-long",
+        generator=trained,
+        dmd=first.dmd.replace(
+            loop=first.dmd.loop.replace(num_steps=3000, ema_from_step=0),
+            max_lead_chunks=73,
+            overlap_chunks=1,
+            credit_updates=7,
+            switch_share=1.0,
+            switch=PromptSwitch(text="", memory="rebuild"),
+            lora=LoRAConfig(rank=256),
+            generator_optimizer=adamw,
+            critic_optimizer=adamw.replace(learning_rate=2e-6),
+        ),
+    )
+
+
 def wan_1_3b_latent_dmd() -> DistillationRecipe:
     """Wan2.1-T2V-1.3B with latent attention, the last of VideoMLA's three stages by its published settings,
     which leave the number of steps open. Generator and critic start from what `longtake convert
@@ -327,8 +413,11 @@ AnyRecipe = Recipe | DistillationRecipe
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     "tiny": tiny,
     "tiny-128": tiny_128,
+    "tiny-memory": tiny_memory,
     "tiny-latent": tiny_latent,
     "wan-1.3b-dmd": wan_1_3b_dmd,
+    "wan-1.3b-echo": wan_1_3b_echo,
+    "wan-1.3b-echo-long": wan_1_3b_echo_long,
     "wan-1.3b-latent-dmd": wan_1_3b_latent_dmd,
 }
 

@@ -13,9 +13,11 @@ from longtake.cli import main
 from longtake.errors import ConfigError, PromptError, TrainingError
 from longtake.io.checkpoints import from_own, read_weights, write_safetensors
 from longtake.models.dit import DiT
-from longtake.recipes import WAN_NEGATIVE_PROMPT, wan_1_3b_dmd
+from longtake.models.memory import MemoryEncoderConfig
+from longtake.recipes import WAN_NEGATIVE_PROMPT, wan_1_3b_dmd, wan_1_3b_echo_long
 from longtake.train.distil import UNTRAINED, DistillationRecipe, distil
 from longtake.train.loop import STOPPED_EARLY
+from longtake.train.lora import LoRAConfig
 from longtake.train.optim import AdamWConfig
 from longtake.train.plan import Machine
 from longtake.train.prompts import EmbeddedPrompts, embed_prompts, read_prompts, write_embeddings
@@ -115,6 +117,42 @@ def test_one_real_step_at_reduced_depth_and_resolution(tmp_path: Path) -> None:
     first = json.loads((tmp_path / "out" / "dmd" / "log.jsonl").read_text().splitlines()[0])
     for key in ("generator_loss", "generator_norm", "critic_loss", "critic_norm"):
         assert 0 < first[key] < 1e4
+
+
+def test_the_long_recipe_takes_published_pieces_with_a_memory(tmp_path: Path) -> None:
+    """Its generator comes without a memory here, which then starts untrained and learns whole; blocks learn
+    low-rank updates, and an ordinary network is exported.
+    """
+    published = wan_1_3b_echo_long()
+    long = published.dmd
+    frames = published.stream.history.chunk_frames
+    assert (long.num_chunks * frames, (long.num_chunks - long.overlap_chunks) * frames) == (21, 18)
+    assert (long.max_lead_chunks + long.num_chunks) * frames == 240
+    assert published.dit_model.memory is not None
+    assert published.dit_model.memory.num_tokens == 4680
+    made = small(tmp_path)
+    weights = random_weights(tmp_path, made)
+    memory = MemoryEncoderConfig(width=384, num_heads=3, num_frames=3, rows=2, columns=3)
+    loop = long.loop.replace(num_steps=1, accumulation_steps=1, evaluate_every_steps=9)
+    settings = long.replace(loop=loop, num_chunks=2, max_lead_chunks=4, lora=LoRAConfig(rank=8))
+    made = made.replace(
+        dit_model=made.dit_model.replace(memory=memory),
+        stream=published.stream.replace(height=32, width=48),
+        dmd=settings,
+        **weights,
+    )
+    embedded(tmp_path / "out" / "prompts")
+    distil(made, tmp_path / "out", ["dmd", "export"])
+    exported = read_weights(tmp_path / "out" / "wan-1.3b-dmd.safetensors")
+    started = read_weights(Path(weights["generator"]))
+    assert set(exported) == set(DiT(made.dit_model).state_dict())
+    assert set(started) == {name for name in exported if not name.startswith("memory.")}
+    state = torch.load(tmp_path / "out" / "dmd" / "checkpoint.pt")
+    assert not any("memory" in name for name in state["modules"]["critic"])
+    assert {group["base_lr"] for group in state["optimizers"]["generator"]["param_groups"]} == {1e-5, 5e-5}
+    learned = {name for name in state["average"] if not name.startswith("dit.memory.")}
+    assert learned
+    assert all(name.endswith(("lora_down", "lora_up")) for name in learned)
 
 
 def test_what_is_trained_is_exported_under_wans_names(tmp_path: Path) -> None:

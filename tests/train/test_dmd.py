@@ -13,7 +13,7 @@ from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.models.memory import MemoryEncoderConfig
-from longtake.train.dmd import DMDTask, _Script
+from longtake.train.dmd import DMDTask, _Script, dmd_optimizers
 from longtake.train.dmd_config import DMDConfig
 from toy_training import CAPTIONS, DIT, HISTORY, loop, networks
 
@@ -337,6 +337,96 @@ def test_credit_of_the_memory() -> None:
     assert taught(1, credit_updates=20) == every
 
 
-def test_scores_of_whole_clips_have_no_lead() -> None:
-    with pytest.raises(ConfigError, match="sees no past"):
-        DMDConfig(scores="clips", max_lead_chunks=2)
+def pieces(**settings: object) -> DMDTask:
+    """Rollouts of which the last three chunks are scored as a clip; the first of these teaches nothing."""
+    changes = {"num_clips": 2, "max_lead_chunks": 4, "overlap_chunks": 1, **settings}
+    return task(scores="clips", critic_error="flow", num_critic_copies=1, **changes)
+
+
+def test_of_a_piece_only_what_is_new_is_learned_from() -> None:
+    matched = pieces()
+    scripts = [matched._draw(step, 0)[0] for step in range(40)]
+    assert {script.lead for script in scripts} == {0, 1, 2, 3, 4}
+    assert all(script.overlap == int(script.lead > 0) for script in scripts)
+    step = next(step for step, script in enumerate(scripts) if script.lead == 2)
+    script, generator = matched._draw(step, 0)
+    lead, scored = matched._rollout(script, generator, learn=True)
+    assert (len(lead), [chunk.requires_grad for chunk in scored]) == (2, [False, True, True])
+
+    def disturbed(network: torch.nn.Module, frames: slice) -> list[float]:
+        def change(
+            module: torch.nn.Module, inputs: object, output: tuple[torch.Tensor, object]
+        ) -> tuple[torch.Tensor, object]:
+            flow = output[0].clone()
+            assert flow.shape[1] == 6  # the whole piece, and nothing before it
+            flow[:, frames] += 1
+            return flow, output[1]
+
+        handle = network.register_forward_hook(change)
+        values = [
+            float(loss(step, 0.0)[0].detach()) for loss in (matched.generator_loss, matched.critic_loss)
+        ]
+        handle.remove()
+        return values
+
+    plain_loss, plain_error = (
+        float(loss(step, 0.0)[0].detach()) for loss in (matched.generator_loss, matched.critic_loss)
+    )
+    critic_lead = matched._draw(step, 1)[0].lead
+    for network in (matched.critic.dit, matched._teacher.dit):
+        assert disturbed(network, slice(0, 2))[0] == pytest.approx(plain_loss, rel=1e-5)
+        assert disturbed(network, slice(2, 4))[0] != pytest.approx(plain_loss, rel=1e-3)
+    counts = slice(0, 2) if critic_lead else slice(0, 0)
+    assert disturbed(matched.critic.dit, counts)[1] == pytest.approx(plain_error, rel=1e-5)
+    assert disturbed(matched.critic.dit, slice(2, 4))[1] != pytest.approx(plain_error, rel=1e-3)
+
+
+def test_prompts_of_pieces_switch_before_them() -> None:
+    matched = pieces(switch_share=1.0)
+    for step in range(40):
+        script, _ = matched._draw(step, 0)
+        if script.lead == 0:
+            assert script.switch == 3  # never
+            assert script.scored == script.before
+        else:
+            assert -script.lead < script.switch <= 0
+            assert script.scored == script.after
+    scored: list[list[str]] = []
+    matched._score_walk = lambda captions: scored.append(captions) or DMDTask._score_walk(matched, captions)  # type: ignore[method-assign,func-returns-value]
+    step = next(step for step in range(40) if matched._draw(step, 0)[0].lead > 1)
+    matched.generator_loss(step, 0.0)
+    assert scored == [matched._draw(step, 0)[0].after]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"overlap_chunks": 1}, "sees the past anyway"),
+        ({"scores": "clips", "num_chunks": 2, "overlap_chunks": 2}, "leaves nothing new"),
+    ],
+)
+def test_overlaps_that_mean_nothing_are_refused(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DMDConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_a_memory_learns_at_a_rate_of_its_own() -> None:
+    student = networks(DIT.replace(memory=MEMORY))
+    config = DMDConfig(loop=loop(4), muon_learning_rate=1e-3, adamw_learning_rate=1e-4, memory_rate=5.0)
+    of_generator, of_critic = dmd_optimizers(config, student, copy.deepcopy(student))
+    memory = {id(parameter) for parameter in student.dit.memory.parameters()}  # type: ignore[union-attr]
+    rates: dict[tuple[str, bool], float] = {}
+    for group in of_generator.param_groups:
+        inside = {id(parameter) in memory for parameter in group["params"]}
+        assert len(inside) == 1
+        rates[group["kind"], inside.pop()] = group["base_lr"]
+    assert rates == {
+        ("muon", False): 1e-3,
+        ("muon", True): pytest.approx(5e-3),
+        ("adamw", False): 1e-4,
+        ("adamw", True): pytest.approx(5e-4),
+    }
+    assert len({id(p) for group in of_generator.param_groups for p in group["params"]}) == len(
+        list(student.parameters())
+    )
+    assert len(of_critic.param_groups) == 2

@@ -179,7 +179,7 @@ def test_lines_tell_the_plan() -> None:
         assert words in lines
 
 
-TRAINING_STAGES = {"vae", "layers", "first", "windows", "trajectory", "dmd", "decoder"}
+TRAINING_STAGES = {"vae", "layers", "first", "windows", "trajectory", "dmd", "decoder", "evictions", "memory"}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -174,7 +174,7 @@ def test_the_decoder_learns_what_to_carry_on() -> None:
         num_latent_frames=3,
         height=32,
         width=32,
-        freeze_encoder=True,
+        learns="decoder",
         cut_share=0.5,
     )
     task = VAETask(vae, config)
@@ -184,6 +184,25 @@ def test_the_decoder_learns_what_to_carry_on() -> None:
     gradients = [parameter.grad for parameter in vae.decoder.carry.parameters()]
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
     assert all(parameter.grad is None for parameter in vae.encoder.parameters())
+
+
+def test_details_learn_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    vae = TinyVAE(VAE.replace(fine_mixes=True, carries_pixels=True, detail_width=8))
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    config = VAETrainingConfig(
+        loop=loop(3), num_clips=2, num_latent_frames=3, height=32, width=32, learns="details"
+    )
+    run(VAETask(vae, config), config.loop, tmp_path)
+    for name, tensor in vae.state_dict().items():
+        assert torch.equal(tensor, before[name]) != name.startswith("decoder.details."), name
+
+
+def test_details_that_a_decoder_lacks_are_refused_before_training(tmp_path: Path) -> None:
+    detailed = recipe().replace(decoder=recipe().decoder.replace(learns="details"))
+    with pytest.raises(ConfigError, match='learns="details".*set vae_model.detail_width'):
+        train(detailed, tmp_path, ["vae", "decoder"])
+    assert not (tmp_path / "vae").exists()
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -362,6 +381,19 @@ def test_a_recipe_runs_from_nothing_to_a_model_that_streams(tmp_path: Path) -> N
         train(toy, tmp_path / "empty", stages=("latents",))
 
 
+def test_a_recipe_that_is_stopped_again_and_again_ends_as_one_that_is_not(tmp_path: Path) -> None:
+    toy = recipe()
+    train(toy, tmp_path / "whole")
+    stopped, figures = 0, {STOPPED_EARLY: 1.0}
+    while STOPPED_EARLY in figures:  # the stages before the one that was stopped run once more and do nothing
+        figures = train(toy, tmp_path / "stopped", stop_after_seconds=0.0)
+        stopped += STOPPED_EARLY in figures
+        assert stopped < 50
+    assert stopped >= 6  # every stage at least once
+    for name in ("toy.safetensors", "toy-teacher.safetensors"):
+        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_distillation_is_taught_by_what_the_stages_before_it_left(tmp_path: Path) -> None:
     toy = recipe()
     fast = toy.windows.loop.replace(num_warmup_steps=0)
@@ -400,10 +432,13 @@ def test_damaged_and_foreign_model_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_shipped_models_load_by_name() -> None:
-    for name, path in shipped_models().items():
+    shipped = shipped_models()
+    for name, path in shipped.items():
         card = read_card(path)
         assert card.name == name
-        assert path.stat().st_size <= 20_000_000
+        if card.base is not None:  # whose version is checked on loading
+            assert load_model(name).pipeline.config == card.stream
+    assert sum(path.stat().st_size for path in shipped.values()) <= 20_000_000
 
 
 def test_recipes_are_valid_and_found_by_name() -> None:

@@ -43,7 +43,7 @@ def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
         recipe.vae_model,
         recipe.text_model,
         recipe.dit_model,
-        recipe.stream.history,
+        recipe.history_of(stage),
         recipe.stream.schedule,
         recipe.held_out.height // stride,
         recipe.held_out.width // stride,

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
+from longtake.train.vae import Learned, select_learned
 
 SINGLE_BYTES, HALF_BYTES = 4, 2
 """Of a number."""
@@ -109,8 +110,8 @@ def vae_cost(
     config: TinyVAEConfig,
     frames: tuple[int, int, int, int],
     arithmetic: Arithmetic,
-    learns_encoder: bool,
-    loss_numbers: int | None = None,
+    learns: Learned | None,
+    loss_numbers: int = 0,
 ) -> Cost:
     """Of the small autoencoder, whose layers are run on shapes alone (torch's meta device) and counted.
 
@@ -118,12 +119,14 @@ def vae_cost(
         config: the network.
         frames: clips, latent frames of each, and height and width in pixels.
         arithmetic: how products are made.
-        learns_encoder: gradients reach it; else they reach the decoder alone.
-        loss_numbers: kept by the loss for every pixel; None runs the encoder alone, which does not learn.
+        learns: the part that gradients reach; None runs the encoder alone, without any.
+        loss_numbers: kept by the loss for every pixel.
     """
     num_clips, num_latent_frames, height, width = frames
     with torch.device("meta"):
         vae = TinyVAE(config)
+        if learns is not None:
+            select_learned(vae, learns)
         pixels = torch.empty(
             num_clips,
             1 + (num_latent_frames - 1) * config.temporal_stride,
@@ -144,11 +147,11 @@ def vae_cost(
         FlopCounterMode(display=False) as counter,
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
     ):
-        with torch.set_grad_enabled(learns_encoder):
+        with torch.set_grad_enabled(learns == "all"):
             latents, _ = vae.encode_raw(pixels, vae.init_encode_state(num_clips, height, width))
-        if loss_numbers is not None:
+        if learns is not None:
             decoded, _ = vae.decode_raw(latents, vae.init_decode_state(num_clips, height, width))
             decoded.mean().backward()  # type: ignore[no-untyped-call]
     layers = sum(kept.values()) * arithmetic.product_bytes / SINGLE_BYTES
-    errors = pixels[..., 0].numel() * SINGLE_BYTES * (loss_numbers or 0)
+    errors = pixels[..., 0].numel() * SINGLE_BYTES * loss_numbers
     return Cost(flops=counter.get_total_flops(), kept=layers + errors, kept_recomputing=layers + errors)

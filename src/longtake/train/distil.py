@@ -24,6 +24,7 @@ from longtake.io.checkpoints import (
 )
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
+from longtake.models.memory import MemoryEncoder
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.checks import check_storage
 from longtake.train.dit_costs import DiTCosts
@@ -31,6 +32,7 @@ from longtake.train.dmd import DMDTask, dmd_optimizers
 from longtake.train.dmd_config import DMDConfig, score_history
 from longtake.train.fit import check_fits, check_multiple, this_machine
 from longtake.train.loop import STOPPED_EARLY, autocast_dtype, run
+from longtake.train.lora import add_lora, merge_lora
 from longtake.train.networks import TextToLatents
 from longtake.train.plan import DeviceKind, Machine, StagePlan, plan_stage
 from longtake.train.prompts import EmbeddedPrompts, embed_prompts, read_prompts
@@ -47,7 +49,7 @@ class DistillationRecipe(Config):
 
     Args:
         stages: prompts (embed them once), dmd, export (write the generator's weights).
-        dit_model: generator and critic.
+        dit_model: generator and critic. A memory that the generator's weights lack starts untrained.
         teacher_model: the real score, perhaps larger.
         stream: what the generator is trained to stream; its guidance and fps play no part.
         spatial_stride: pixels per latent cell of the autoencoder, which itself is not needed.
@@ -78,6 +80,11 @@ class DistillationRecipe(Config):
     dmd: DMDConfig
 
     @property
+    def critic_model(self) -> DiTConfig:
+        """The generator's; without its memory where the critic sees whole clips, of which none leaves."""
+        return self.dit_model.replace(memory=None) if self.dmd.scores == "clips" else self.dit_model
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of a latent frame."""
         height, width = self.stream.height // self.spatial_stride, self.stream.width // self.spatial_stride
@@ -92,13 +99,16 @@ class DistillationRecipe(Config):
         with torch.device("meta"):
             generator, critic, teacher = (
                 TextToLatents(EmbeddedPrompts({}, model.text_width), DiT(model))
-                for model in (self.dit_model, self.dit_model, self.teacher_model)
+                for model in (self.dit_model, self.critic_model, self.teacher_model)
             )
         teacher.requires_grad_(False)
+        if config.lora is not None:
+            add_lora(generator, config.lora)
+            add_lora(critic, config.lora)
         if arithmetic.half and self.half_teacher:
             teacher.to(torch.bfloat16)
         learning = DiTCosts(self.dit_model, history, *self.latent_shape[1:], arithmetic)
-        scoring = replace(learning, history=score_history(config, history))
+        scoring = replace(learning, config=self.critic_model, history=score_history(config, history))
         real = replace(scoring, config=self.teacher_model)
         phases = dmd_phases(
             config,
@@ -202,7 +212,7 @@ def _match(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict
         ).to(recipe.device)
         for name, model, weights, dtype in (
             ("generator", recipe.dit_model, recipe.generator, torch.float32),
-            ("critic", recipe.dit_model, recipe.critic, torch.float32),
+            ("critic", recipe.critic_model, recipe.critic, torch.float32),
             ("teacher", recipe.teacher_model, recipe.teacher, frozen_dtype),
         )
     )
@@ -219,6 +229,7 @@ def _match(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict
         temperatures=recipe.stream.temperatures,
     )
     figures = run(task, recipe.dmd.loop, out / "dmd", seconds, recipe.dmd)
+    merge_lora(module)
     if STOPPED_EARLY not in figures:
         write_safetensors(out / "dmd" / "weights.safetensors", module.dit.state_dict(), {})
     return figures
@@ -243,6 +254,9 @@ def _load_dit(name: str, model: DiTConfig, weights: str, device: str, dtype: tor
             f"{name}={weights!r} is neither a file nor a folder",
             f"give the path of its weights with --set {name}=PATH",
         )
+    if model.memory is not None and not any(key.startswith("memory.") for key in state):
+        memory = MemoryEncoder(model.memory)
+        state |= {f"memory.{key}": tensor for key, tensor in memory.state_dict().items()}
     with torch.device("meta"):
         dit = DiT(model).to(dtype)
     dit.to_empty(device=device)

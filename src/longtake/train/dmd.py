@@ -26,6 +26,7 @@ from longtake.diffusion.sampler import few_steps
 from longtake.history.base import HistoryConfig
 from longtake.train.dmd_config import DMDConfig, score_history
 from longtake.train.loop import Learner
+from longtake.train.lora import add_lora
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.optim import MuonAdamW
 from longtake.train.samples import SampleRollouts
@@ -37,46 +38,54 @@ _GENERATOR, _CRITIC = 0, 1
 @dataclass(frozen=True)
 class _Script:
     """The prompts of a batch of rollouts: `before`, and from scored chunk `switch` on `after`; `lead` chunks
-    precede the scored ones.
+    precede the scored ones (below 0 the switch is among them), the first `overlap` of which teach nothing.
     """
 
     before: list[str]
     after: list[str]
     switch: int
     lead: int = 0
+    overlap: int = 0
 
     @property
     def num_clips(self) -> int:
         return len(self.before)
 
+    @property
+    def scored(self) -> list[str]:
+        """Prompts with which scored chunks begin."""
+        return self.after if self.switch <= 0 else self.before
+
 
 def dmd_optimizers(config: DMDConfig, generator: nn.Module, critic: nn.Module) -> tuple[MuonAdamW, MuonAdamW]:
     """What updates the generator and the critic."""
     precision = config.loop.precision
-    return (
-        dit_optimizer(
-            generator,
-            config.muon_learning_rate,
-            config.adamw_learning_rate,
-            precision,
-            config.momentum,
-            config.generator_optimizer,
-        ),
-        dit_optimizer(
-            critic,
-            config.critic_muon_learning_rate,
-            config.critic_adamw_learning_rate,
-            precision,
-            only_adamw=config.critic_optimizer,
-        ),
+    of_generator = dit_optimizer(
+        generator,
+        config.muon_learning_rate,
+        config.adamw_learning_rate,
+        precision,
+        config.momentum,
+        config.generator_optimizer,
     )
+    of_memory = [p for name, p in generator.named_parameters() if name.startswith("dit.memory.")]
+    of_generator.scale_rates_of(of_memory, config.memory_rate)
+    of_critic = dit_optimizer(
+        critic,
+        config.critic_muon_learning_rate,
+        config.critic_adamw_learning_rate,
+        precision,
+        only_adamw=config.critic_optimizer,
+    )
+    return of_generator, of_critic
 
 
 class DMDTask:
     """The stage's learners and evaluation (see `train.loop.Task`).
 
     Args:
-        module: the generator, which should make something sensible in few steps already.
+        module: the generator, which should make something sensible in few steps already. Where the config has
+            `lora` it gets low-rank updates, which `train.lora.merge_lora` takes away again.
         teacher: the frozen multi-step model.
         history: of all three, where scores go by chunks; else of the generator.
         schedule: the generator's denoising steps.
@@ -106,6 +115,9 @@ class DMDTask:
     ) -> None:
         self.module = module
         self.critic = (copy.deepcopy(teacher) if critic is None else critic).requires_grad_(True)
+        if config.lora is not None:
+            add_lora(module, config.lora)
+            add_lora(self.critic, config.lora)
         self.history = history
         self._rollouts = rollouts
         self._score_history = score_history(config, history)
@@ -128,16 +140,16 @@ class DMDTask:
         """Half the squared distance to where the difference of the scores points (DMD's surrogate)."""
         script, generator = self._draw(step, _GENERATOR)
         lead, chunks = self._rollout(script, generator, learn=True)
-        pieces = self._pieces(chunks)
+        pieces, skipped = self._pieces(chunks), script.overlap * self.history.chunk_frames
         with torch.no_grad():
-            critic = self._score_walk(script.before)
-            teacher = self._guided_teacher(script.before)
-            for chunk in lead:
+            critic = self._score_walk(script.scored)
+            teacher = self._guided_teacher(script.scored)
+            for chunk in self._seen(lead):
                 critic.commit(chunk)
                 teacher.commit(chunk)
         losses, sizes, moves = [], [], []
         for index, chunk in enumerate(pieces):
-            if index == script.switch:
+            if index == script.switch > 0:
                 with torch.no_grad():
                     switch = self.config.switch
                     critic.switch(self.critic.encode(script.after), switch)
@@ -149,6 +161,7 @@ class DMDTask:
             with torch.no_grad():
                 fake = critic.predict(noisy, sigma) if last else critic.advance(noisy, sigma, clean)
                 real = teacher.predict(noisy, sigma) if last else teacher.advance(noisy, sigma, clean)
+            chunk, clean, real, fake = (each[:, skipped:] for each in (chunk, clean, real, fake))
             scale = (clean - real).abs().mean(dim=(1, 2, 3, 4), keepdim=True).clamp_min(1e-3)
             move = (real - fake) / scale
             losses.append(0.5 * (chunk - (clean + move)).square().mean())
@@ -167,21 +180,21 @@ class DMDTask:
         script, generator = self._draw(step, _CRITIC)
         with torch.no_grad():
             lead, chunks = self._rollout(script, generator, learn=False)
-        pieces = self._pieces(chunks)
-        walk = self._score_walk(script.before)
+        pieces, skipped = self._pieces(chunks), script.overlap * self.history.chunk_frames
+        walk = self._score_walk(script.scored)
         with torch.no_grad():
-            for chunk in lead:
+            for chunk in self._seen(lead):
                 walk.commit(chunk)
         losses = []
         for index, clean in enumerate(pieces):
-            if index == script.switch:
+            if index == script.switch > 0:
                 walk.switch(self.critic.encode(script.after), config.switch)
             target = clean.repeat(config.num_critic_copies, 1, 1, 1, 1)
             sigma = self._score_sigmas(len(target), generator)
             noisy = at_sigma(target, self._noise(target.shape, generator), sigma)
             last = index == len(pieces) - 1
             predicted = walk.predict(noisy, sigma) if last else walk.advance(noisy, sigma, clean)
-            squared = (predicted - target).square().mean(dim=(1, 2, 3, 4))
+            squared = (predicted - target)[:, skipped:].square().mean(dim=(1, 2, 3, 4))
             flow = config.critic_error == "flow"  # whose error is that of the clean latents over sigma
             losses.append((squared / (sigma**2 if flow else sigma.clamp_min(config.min_weight_sigma))).mean())
         return torch.stack(losses).mean(), {}
@@ -208,6 +221,10 @@ class DMDTask:
         """What is scored at a time, [b,f,c,h,w] each."""
         return chunks if self.config.scores == "chunks" else [torch.cat(chunks, dim=1)]
 
+    def _seen(self, lead: list[Tensor]) -> list[Tensor]:
+        """What of the past is committed before scores are taken."""
+        return lead if self.config.scores == "chunks" else []
+
     def _noise(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Drawn on the CPU, so that it is the same on every device."""
         return torch.randn(shape, generator=generator).to(self._device)
@@ -217,11 +234,15 @@ class DMDTask:
         rng = np.random.default_rng((config.loop.seed, step, who))
         before, after = rng.integers(len(self._captions), size=(2, config.num_clips))
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
-        switches = config.num_chunks > 1 and rng.random() < config.switch_share
-        switch = 1 + int(rng.integers(config.num_chunks - 1)) if switches else config.num_chunks
+        causal = config.scores == "chunks"
+        switches = (config.num_chunks > 1 or not causal) and rng.random() < config.switch_share
+        switch = 1 + int(rng.integers(config.num_chunks - 1)) if switches and causal else config.num_chunks
         texts = [[self._captions[int(row)] for row in rows] for rows in (before, after)]
         lead = int(rng.integers(config.max_lead_chunks + 1)) if config.max_lead_chunks else 0
-        return _Script(texts[0], texts[1], switch, lead), generator
+        if switches and not causal and lead > 0:
+            switch = -int(rng.integers(lead))
+        overlap = config.overlap_chunks if lead > 0 else 0
+        return _Script(texts[0], texts[1], switch, lead, overlap), generator
 
     def _rollout(
         self, script: _Script, generator: torch.Generator, learn: bool
@@ -245,7 +266,12 @@ class DMDTask:
                     walk.switch(text, config.switch, learns=False)
             scales = (1.0,) * len(self._steps.sigmas) if number in (0, switch) else self._temperatures
             clean = self._denoised(
-                walk, shape, scales, generator, exit_step + 1, learns=learn and number >= script.lead
+                walk,
+                shape,
+                scales,
+                generator,
+                exit_step + 1,
+                learns=learn and number >= script.lead + script.overlap,
             )
             chunks.append(clean)
             if number == total - 1:

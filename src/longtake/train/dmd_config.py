@@ -12,6 +12,7 @@ from longtake.history.base import HistoryConfig
 from longtake.history.positions import Absolute
 from longtake.stream.state import PromptSwitch
 from longtake.train.loop import LoopConfig
+from longtake.train.lora import LoRAConfig
 from longtake.train.optim import AdamWConfig
 
 
@@ -29,6 +30,12 @@ class DMDConfig(Config):
         description="chunks before those that are scored: their number is drawn from 0 to this for every "
         "step, so that the model meets its own long videos",
     )
+    overlap_chunks: int = Field(
+        0,
+        ge=0,
+        description="where something precedes them, so many of the scored chunks teach nothing and are only "
+        'seen by teacher and critic; for scores="clips", which see nothing else of the past',
+    )
     memory_credit: Literal["none", "first_exit", "chain"] = Field(
         "chain",
         description="which rollouts teach what a policy learns from evicted frames: first_exit: those that "
@@ -44,7 +51,8 @@ class DMDConfig(Config):
         0.0,
         ge=0,
         le=1,
-        description="share of steps in whose rollouts all prompts switch at a random scored chunk",
+        description="share of steps in whose rollouts all prompts switch, at a random scored chunk or, where "
+        "clips are scored, at a random one before them",
     )
     switch: PromptSwitch = Field(
         PromptSwitch(text=""),
@@ -52,7 +60,8 @@ class DMDConfig(Config):
     )
     scores: Literal["chunks", "clips"] = Field(
         "chunks",
-        description="chunks: teacher and critic are causal; clips: they see the whole rollout at once",
+        description="chunks: teacher and critic are causal; clips: they see all scored chunks at once, and "
+        "nothing before them",
     )
     guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
     negative_prompt: str = Field("", description="what the teacher's guidance leads away from")
@@ -74,6 +83,14 @@ class DMDConfig(Config):
         None, description="for everything, instead of Muon with AdamW"
     )
     critic_optimizer: AdamWConfig | None = Field(None, description="the same of the critic")
+    memory_rate: float = Field(
+        1.0, gt=0, description="learning rates of the generator's memory, over those of all else"
+    )
+    lora: LoRAConfig | None = Field(
+        None,
+        description="generator and critic learn low-rank updates of their blocks, and a memory whole; None: "
+        "everything learns",
+    )
     num_evaluation_clips: int = Field(32, ge=1, description="held-out captions rolled out at an evaluation")
 
     @model_validator(mode="after")
@@ -83,15 +100,20 @@ class DMDConfig(Config):
                 f"min_score_sigma={self.min_score_sigma} is not below max_score_sigma={self.max_score_sigma}",
                 "use for instance 0.02 and 0.98",
             )
-        if self.scores == "clips" and self.max_lead_chunks > 0:
+        if self.scores == "chunks" and self.overlap_chunks > 0:
             raise ConfigError(
-                f'scores="clips" sees no past, and max_lead_chunks={self.max_lead_chunks} makes some',
-                'use max_lead_chunks=0 or scores="chunks"',
+                f'scores="chunks" sees the past anyway, and overlap_chunks={self.overlap_chunks}',
+                'use overlap_chunks=0 or scores="clips"',
             )
-        if self.scores == "clips" and self.switch_share > 0:
+        if self.overlap_chunks >= self.num_chunks:
+            raise ConfigError(
+                f"overlap_chunks={self.overlap_chunks} of num_chunks={self.num_chunks} leaves nothing new",
+                "use fewer",
+            )
+        if self.scores == "clips" and self.switch_share > 0 and self.max_lead_chunks == 0:
             raise ConfigError(
                 f'scores="clips" shows a clip one prompt, and switch_share={self.switch_share} switches some',
-                'use switch_share=0 or scores="chunks"',
+                'use max_lead_chunks, switch_share=0 or scores="chunks"',
             )
         return self
 

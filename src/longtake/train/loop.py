@@ -195,7 +195,7 @@ def learning_rate_factor(step: int, config: LoopConfig) -> float:
 
 
 class WeightAverage:
-    """Exponential moving average of a module's parameters.
+    """Exponential moving average of a module's parameters that learn.
 
     Args:
         module: whose.
@@ -207,7 +207,7 @@ class WeightAverage:
     def __init__(self, module: nn.Module, decay: float, from_step: int = 0) -> None:
         self.decay = decay
         self.from_step = from_step
-        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self.shadow = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int, num_updates: int) -> None:
@@ -217,16 +217,17 @@ class WeightAverage:
             decay = 0.0
         elif self.from_step == 0:
             decay = min(decay, num_updates / (9 + num_updates))
-        for name, parameter in module.named_parameters():
-            self.shadow[name].lerp_(parameter, 1 - decay)
+        for name, average in self.shadow.items():
+            average.lerp_(module.get_parameter(name), 1 - decay)
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange the module's weights with the averages; calling it twice restores both."""
-        for name, parameter in module.named_parameters():
+        for name, average in self.shadow.items():
+            parameter = module.get_parameter(name)
             kept = parameter.detach().clone()
-            parameter.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)
+            parameter.copy_(average)
+            average.copy_(kept)
 
 
 @dataclass

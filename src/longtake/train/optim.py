@@ -76,6 +76,18 @@ class MuonAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = group["base_lr"] * factor
 
+    def scale_rates_of(self, parameters: Iterable[nn.Parameter], factor: float) -> None:
+        """Some of the parameters learn at so many times the rate of the others; before the first step."""
+        chosen = {id(parameter) for parameter in parameters}
+        if factor == 1 or not chosen:
+            return
+        for group in list(self.param_groups):
+            mine = [parameter for parameter in group["params"] if id(parameter) in chosen]
+            if mine:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+                rates = {"lr": factor * group["lr"], "base_lr": factor * group["base_lr"]}
+                self.add_param_group({**group, **rates, "params": mine})
+
     @property
     def state_bytes(self) -> int:
         """Bytes that the state of every parameter takes once each has had a gradient."""

@@ -116,14 +116,14 @@ def plan_stage(
         arithmetic: how products are made.
         data_bytes: of clips held in memory.
     """
-    trained = [parameter_bytes(module, trained=True) for module, _ in learners]
+    trained = [trained_bytes(module) for module, _ in learners]
     fixed = {
         "weights": sum(
             tensor.nbytes for module in networks.values() for tensor in module.state_dict().values()
         ),
         "gradients": max(trained),
         "optimizer state": sum(optimizer.state_bytes for _, optimizer in learners),
-        "averaged weights": parameter_bytes(learners[0][0]),
+        "averaged weights": trained[0],
     }
     if arithmetic.half:
         fixed["bf16 copies of weights"] = sum(trained) // 2
@@ -157,9 +157,9 @@ def plan_stage(
     )
 
 
-def parameter_bytes(module: nn.Module, trained: bool = False) -> int:
-    """Bytes of a module's parameters, or of those that learn."""
-    return sum(p.nbytes for p in module.parameters() if p.requires_grad or not trained)
+def trained_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters that learn."""
+    return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
 
 def plan_lines(plan: StagePlan) -> list[str]:

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from longtake.config import Config
 from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
@@ -54,6 +56,8 @@ class Recipe(Config):
     Args:
         warm_start: model name or file whose weights the networks start from, also where the recipe's have
             grown (see `train.warm_start`); None starts from scratch.
+        base: name of a shipped model, or of one beside the exported file: what the model shares with it is
+            not exported again. None exports everything.
         parent: model name or file of the dense model that latent layers learn from; None where they do not.
         stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
             as the parent's), first (first chunks only), windows (whole clips through the history), evictions
@@ -67,6 +71,7 @@ class Recipe(Config):
     level: int = Field(1, ge=1, description="highest world level it is trained for")
     seed: int = 0
     warm_start: str | None = None
+    base: str | None = None
     parent: str | None = None
     stages: tuple[Stage, ...] = PLAIN_STAGES
     vae_model: TinyVAEConfig
@@ -97,6 +102,19 @@ class Recipe(Config):
                     f"set {name}.chunk_frames={chunk_frames}",
                 )
         return self
+
+    def history_of(self, stage: str) -> HistoryConfig:
+        """What a stage of the DiT walks through: the stream's, but without its memory in stages that come
+        before the memory's own.
+        """
+        history = self.stream.history
+        if (
+            stage in ("first", "windows")
+            and "memory" in self.stages
+            and isinstance(history.policy, EvolvingConfig)
+        ):
+            return history.replace(policy=history.policy.replace(mode="off"))
+        return history
 
     @property
     def card(self) -> ModelCard:

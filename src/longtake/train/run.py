@@ -25,6 +25,7 @@ from longtake.train.fit import this_machine
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
 from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.loop import STOPPED_EARLY, Task, run
+from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
@@ -122,6 +123,7 @@ class _Networks:
         not stopped early.
         """
         figures = run(task, settings.loop, self.out / stage, seconds, settings)
+        merge_lora(module)
         if STOPPED_EARLY not in figures:
             self.keep(stage, module)
         return figures
@@ -192,7 +194,7 @@ def _train_dit(
     config: DiTTrainingConfig,
     seconds: float | None,
 ) -> dict[str, float]:
-    history = recipe.stream.history
+    history = recipe.history_of(stage)
     clips = _load_clips(recipe, networks, out, config)
     rollouts = _rollouts(recipe, networks, clips[-1].captions, config.num_chunks)
     recall = _recall(recipe, networks, config)
@@ -342,7 +344,7 @@ def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
     module, teacher = networks.text_to_latents, networks.teacher
     path = out / f"{recipe.name}.safetensors"
     vae = networks.require_vae()
-    save_model(path, recipe.card, {"vae": vae, "text": module.text, "dit": module.dit})
+    save_model(path, recipe.card, {"vae": vae, "text": module.text, "dit": module.dit}, recipe.base)
     distilled = [
         settings.guidance
         for stage, settings in (("trajectory", recipe.trajectory), ("dmd", recipe.dmd))

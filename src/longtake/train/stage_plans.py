@@ -26,12 +26,13 @@ from longtake.train.dmd_config import DMDConfig, score_history
 from longtake.train.evictions import EvictionsConfig, evictions_optimizer
 from longtake.train.latents import ClipsPerStep
 from longtake.train.layers import LayersConfig, attention_of, layers_optimizer
+from longtake.train.lora import add_lora
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
 from longtake.train.probes import guide_probe, probes_of
 from longtake.train.recall import longest_chunks
 from longtake.train.trajectory import TrajectoryConfig
-from longtake.train.vae import VAETrainingConfig, latent_probe, vae_optimizer
+from longtake.train.vae import VAETrainingConfig, latent_probe, select_learned, vae_optimizer
 
 _RECALL_PROMPTS = 4
 
@@ -90,14 +91,14 @@ def plan_vae(stage: str, model: TinyVAEConfig, config: VAETrainingConfig, machin
     """Of a stage that trains the small autoencoder."""
     with torch.device("meta"):
         module = TinyVAE(model)
-    module.encoder.requires_grad_(not config.freeze_encoder)
+    select_learned(module, config.learns)
     probe = on_meta(lambda: latent_probe(model)) if config.guide_weight > 0 else None
     learned: nn.Module = module if probe is None else nn.ModuleDict({"vae": module, "probe": probe})
     optimizer = vae_optimizer(learned, config)
     arithmetic = machine.arithmetic(config.loop.precision)
     frames = (config.num_clips, config.num_latent_frames, config.height, config.width)
     errors = model.pixel_channels * (1 + (config.difference_weight > 0)) + 1  # and their weight
-    cost = vae_cost(model, frames, arithmetic, not config.freeze_encoder, errors)
+    cost = vae_cost(model, frames, arithmetic, config.learns, errors)
     phases = [Phase("reconstruction", cost)]
     networks: dict[str, nn.Module] = {"vae": module}
     if probe is not None:
@@ -271,14 +272,18 @@ def dmd_phases(
     """What distribution matching does with a batch, for whatever networks.
 
     A rollout ends at a step drawn uniformly, so that on average (S + 1) / 2 of S denoising passes run, of
-    which the last of each chunk learns. A lead has half of its most chunks.
+    which the last of each chunk learns. A lead has half of its most chunks; clips are scored without it. Of
+    low-rank updates neither their own products are counted nor the gradients that they save, which about
+    cancel.
     """
     count, num_early = config.num_clips, (len(schedule.steps) - 1) / 2
     rollout, learning = generator.text(count, False), generator.text(count, True)
     scores = critic.text(count, False) + teacher.text(2 * count, False)
     follows = critic.text(count, True)
-    num_pieces = config.num_chunks if config.scores == "chunks" else 1
+    causal = config.scores == "chunks"
+    num_pieces = config.num_chunks if causal else 1
     lead = config.max_lead_chunks // 2
+    seen = lead if causal else 0
     for chunk in range(lead + config.num_chunks):
         plain = generator.costs.forward(count, chunk)
         context = generator.costs.forward(count, chunk, num_committed=generator.costs.kept_rows(count, chunk))
@@ -288,15 +293,15 @@ def dmd_phases(
         memory = generator.costs.memory(count, chunk, config.memory_credit != "none")
         if chunk < lead:
             learning += plain.times(num_early + 1) + context + memory
-            for role, rows in ((critic, count), (teacher, 2 * count)):
+            for role, rows in ((critic, count), (teacher, 2 * count)) if causal else ():
                 commit = role.costs.forward(rows, chunk, num_committed=role.costs.kept_rows(rows, chunk))
                 scores += commit
                 follows += commit if role is critic else Cost()
         else:
             learning += plain.times(num_early) + context + memory
             learning += generator.costs.forward(count, chunk, True)
-    for piece in range(lead, lead + num_pieces):
-        commits = int(piece < lead + num_pieces - 1)
+    for piece in range(seen, seen + num_pieces):
+        commits = int(piece < seen + num_pieces - 1)
         for role, rows in ((critic, count), (teacher, 2 * count)):
             kept = commits * role.costs.kept_rows(rows, piece)
             scores += role.costs.forward((1 + commits) * rows, piece, num_committed=kept, base_rows=rows)
@@ -318,6 +323,9 @@ def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine) -> S
     scoring = replace(sizes, history=score_history(config, sizes.history))
     generator, scorer = Role(sizes.costs(arithmetic), text), Role(scoring.costs(arithmetic), text)
     module, critic, frozen = sizes.networks(), sizes.networks(), sizes.networks(frozen=True)
+    if config.lora is not None:
+        add_lora(module, config.lora)
+        add_lora(critic, config.lora)
     optimizers = dmd_optimizers(config, module, critic)
     learners = list(zip((module, critic), optimizers, strict=True))
     networks = {
@@ -352,5 +360,5 @@ def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> 
             sizes.height * stride,
             sizes.width * stride,
         )
-        cost += vae_cost(sizes.vae, frames, arithmetic, learns_encoder=False)
+        cost += vae_cost(sizes.vae, frames, arithmetic, None)
     return [Phase("encoding of fresh clips", cost)]
