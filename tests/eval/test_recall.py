@@ -214,7 +214,7 @@ def test_swapped_memories_change_what_comes_after_and_nothing_before() -> None:
     assert not np.array_equal(own, off)
     with pytest.raises(EvalError, match="1 scenes make no pairs"):
         film("swapped", scenes[:1], end)
-    short = scenes_of(RecallConfig(scenes=2), 41 / window, window, chunking.boundary)
+    short = [dataclasses.replace(made, back_at=made.left_at + 19) for made in scenes]
     videos = ModelVideos(pipeline, "tiny", "swapped", PromptSwitch(text=""), swaps=True)
     with pytest.raises(EvalError, match="absences of two windows or more"):
         videos.check(short)

@@ -97,9 +97,12 @@ def test_what_is_kept_is_what_a_walk_under_the_plain_window_evicts(monkeypatch: 
     )
 
 
-def test_a_file_keeps_a_batch(tmp_path: Path) -> None:
-    with torch.no_grad():
+@pytest.mark.parametrize("lower", [False, True])
+def test_a_file_keeps_a_batch(tmp_path: Path, lower: bool) -> None:
+    """Also of a walk in bf16, which stages make where a processor is faster in it."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=lower):
         kept = evictions_of(module(), REMEMBERS, batch())
+    assert kept.keys.dtype == kept.shown_values.dtype == torch.half
     kept.save(tmp_path / "one.safetensors")
     again = Evictions.load(tmp_path / "one.safetensors")
     assert again.reads == kept.reads
@@ -189,6 +192,24 @@ def test_the_stage_goes_on_where_it_was_stopped_and_leaves_a_memory(tmp_path: Pa
     assert load_model(str(tmp_path / "one" / "toy.safetensors")).card.dit.memory == MEMORY
     with pytest.raises(TrainingError, match="another network or other clips"):
         train(remembering(num_clips=3), tmp_path / "one", stages=("evictions",))
+
+
+def test_stages_before_the_memorys_own_walk_without_it() -> None:
+    def mode(made: Recipe, stage: str) -> str:
+        policy = made.history_of(stage).policy
+        assert isinstance(policy, EvolvingConfig)
+        return policy.mode
+
+    made = remembering()
+    assert [mode(made, stage) for stage in ("first", "windows", "evictions", "memory", "dmd")] == [
+        "off",
+        "off",
+        "update",
+        "update",
+        "update",
+    ]
+    assert mode(made.replace(stages=("windows", "export")), "windows") == "update"
+    assert recipe().history_of("windows") == recipe().stream.history
 
 
 def test_what_a_step_takes_is_counted(tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> Non
         assert all(start % 3 == 0 for start in starts)
         target = parse_caption(prompts[1][1]).objects[0]
         targets.add((target.colour, target.shape, target.size))
-        away, back = starts[2] // 3, starts[3] // 3
+        shown, away, back = (start // 3 for start in starts[1:])
+        assert all(batch.learned[shown : shown + 2])
         assert all(batch.learned[away : away + 4])
         assert all(batch.learned[back : back + 7])
-    assert not any(batch.learned[:7])
+        assert not any(batch.learned[:shown] + batch.learned[shown + 2 : away])
     assert len(targets) == 3
     assert sum(batch.learned) < len(batch.learned)
 

@@ -28,7 +28,7 @@ class ModelSource:
     Args:
         pipeline: The model.
         name: Name of the model, for provenance.
-        policy: What becomes of the past at prompt switches; its text does not matter.
+        policy: What becomes of the past at prompt switches; its text does not matter. None: the model's way.
         source_name: What the source is called in tables.
         before_chunk: Called with the engine and its streams before every chunk.
     """
@@ -46,7 +46,7 @@ class ModelSource:
         self._before_chunk = before_chunk
         self._pipeline = pipeline
         self._model = name
-        self._policy = policy or PromptSwitch(text="")
+        self._policy = policy or PromptSwitch(text="", memory=pipeline.config.memory_at_switch)
         self.chunking = chunking_of(pipeline)
 
     @property

@@ -150,7 +150,8 @@ class ModelVideos:
 
     def _swap_frames(self, scenes: Sequence[RecallScene]) -> dict[int, list[int]]:
         """By frame the first streams of the pairs that swap their memories then: when nothing of either
-        target is left in the window, so that no memory takes in what it should know nothing of.
+        target is left in the window, so that no memory takes in what it should know nothing of, and before
+        any of one should come into view.
         """
         history = self._pipeline.config.history
         stride = self._pipeline.vae.config.temporal_stride
@@ -159,7 +160,7 @@ class ModelVideos:
         for first in range(0, len(scenes), 2):
             pair = scenes[first : first + 2]
             frame = self.chunking.boundary(max(made.left_at for made in pair) + held)
-            if len(pair) < 2 or frame >= min(made.back_from for made in pair):
+            if len(pair) < 2 or frame > min(made.back_at for made in pair):
                 shortest = min(made.absence_frames for made in pair)
                 raise EvalError(
                     f"memories cannot be swapped in an absence of {shortest} frames, since the window keeps "

@@ -143,7 +143,7 @@ class _Recorder(Policy):
     def absorb(self, state: PolicyState, evicted: Evicted) -> PolicyState:
         frames, layers = evicted.frames[0], evicted.entries.layers
         num_tokens = evicted.entries.num_tokens // len(frames)
-        self.evicted.append((layers[self.source]["k"].half(), layers[self.source]["v"].half()))
+        self.evicted.append((layers[self.source]["k"], layers[self.source]["v"]))
         for place, frame in enumerate(frames):
             if frame not in self.wanted:
                 continue
@@ -151,7 +151,7 @@ class _Recorder(Policy):
             of_layers = [layers[layer] for layer in self.read_layers]
             keys = torch.stack([parts["k"][:, tokens] for parts in of_layers])
             values = torch.stack([parts["v"][:, tokens] for parts in of_layers])
-            self.shown[frame] = (keys.half(), values.half())
+            self.shown[frame] = (keys, values)
         return state
 
     def read(self, state: PolicyState) -> Entries:
@@ -187,10 +187,11 @@ def evictions_of(module: TextToLatents, history: HistoryConfig, batch: RecallBat
         if batch.unseen[chunk]:
             reads.append(len(recorder.evicted))
         walk.commit(latents[:, chunk * frames : (chunk + 1) * frames])
-    keys, values = (torch.cat(part, dim=1) for part in zip(*recorder.evicted, strict=True))
+    # Halved last: autocast on a CPU does not join half precision.
+    keys, values = (torch.cat(part, dim=1).half() for part in zip(*recorder.evicted, strict=True))
     sizes = tuple(taken.shape[1] for taken, _ in recorder.evicted)
     shown = zip(*(recorder.shown[frame] for frame in wanted), strict=True)
-    shown_keys, shown_values = (torch.cat(part, dim=2) for part in shown)
+    shown_keys, shown_values = (torch.cat(part, dim=2).half() for part in shown)
     assert clips.guide_bfkhw is not None, "asked for with their guide"
     guide = clips.guide_bfkhw[:, batch.shown_frame].half()
     return Evictions(keys, values, sizes, tuple(reads), shown_keys, shown_values, guide)

@@ -1,7 +1,8 @@
 """Fresh clips that ask for recall, and which of their chunks there is something to learn from.
 
 What was shown leaves the view for longer than the window and comes back unnamed (`world.recall`). While the
-camera rests elsewhere nothing is asked of a memory but to last: those chunks are only committed.
+camera rests elsewhere nothing is asked of a memory but to last: those chunks are only committed. What is to
+come back must be shown as asked first, so the switch to it is learned from as well.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from longtake.world.recall import (
 )
 
 _NUM_SEEDS = 1 << 30
+_NUM_SHOWING = 2  # chunks after the switch to what is to come back
 
 
 @dataclass(frozen=True)
@@ -95,12 +97,18 @@ class RecallSource:
             )
             for made in scenes
         ]
-        away, back = self._chunk_at(scenes[0].away_from), self._chunk_at(scenes[0].back_from)
+        shown, away, back = (
+            self._chunk_at(start)
+            for start in (scenes[0].shown_from, scenes[0].away_from, scenes[0].back_from)
+        )
         leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
         chunks = range(num_chunks)
         return RecallBatch(
             encode_clips(self.vae, excerpts, config, self.guided, self.ahead),
-            learned=tuple(chunk >= back or away <= chunk < away + leaving for chunk in chunks),
+            learned=tuple(
+                chunk >= back or shown <= chunk < shown + _NUM_SHOWING or away <= chunk < away + leaving
+                for chunk in chunks
+            ),
             shown_frame=away * config.chunk_frames - 1,
             unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
         )
@@ -131,7 +139,7 @@ def longest_chunks(absence_frames: int, chunk_pixel_frames: int, aspect: float) 
     whole, back = longest_recall_frames(absence_frames, chunk_pixel_frames, aspect)
     chunks = -(-whole // chunk_pixel_frames)
     leaving = _leaving_chunks(chunk_pixel_frames, aspect)
-    return chunks, min(chunks, leaving + -(-back // chunk_pixel_frames))
+    return chunks, min(chunks, _NUM_SHOWING + leaving + -(-back // chunk_pixel_frames))
 
 
 def _leaving_chunks(chunk_pixel_frames: int, aspect: float) -> int:
