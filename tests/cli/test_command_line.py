@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import subprocess
 import sys
 
@@ -91,19 +90,8 @@ def test_wrong_use_reads_the_same_on_a_terminal_without_unicode() -> None:
 def test_help_and_wrong_use_do_not_wait_for_torch(argv: list[str]) -> None:
     code = (
         f"import sys; from longtake.cli import main; main({argv!r}); "
-        "loaded = {'torch', 'av', 'numpy'} & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
+        "slow = {'torch', 'av', 'numpy', 'scipy', 'diffusers', 'transformers', 'matplotlib', 'rich'}; "
+        "loaded = slow & set(sys.modules); sys.exit(str(loaded) if loaded else 0)"
     )
-    seconds = []
-    for _ in range(3):
-        before = children_cpu_seconds()
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(children_cpu_seconds() - before)
-        assert result.returncode == 0, result.stderr
-    assert min(seconds) < 0.5
-
-
-def children_cpu_seconds() -> float:
-    """Processor time of finished children: unlike wall time it does not depend on what else the machine
-    does."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -258,6 +258,22 @@ def test_a_switch_to_the_same_prompt_changes_nothing_while_nothing_was_evicted()
             assert_close(next(stream), plain[index])
 
 
+def test_a_switch_treats_the_memory_as_the_model_says_unless_told() -> None:
+    pipeline = small_pipeline()
+    keeps = Pipeline(
+        pipeline.dit,
+        pipeline.vae,
+        pipeline.text_encoder,
+        pipeline.config.replace(memory_at_switch="keep"),
+    )
+    for made, own in ((pipeline, "rebuild"), (keeps, "keep")):
+        stream = Stream(made, "a red ball", 3)
+        for told, done in ((None, own), ("reset", "reset"), ("rebuild", "rebuild")):
+            stream.set_prompt("green square", memory=told)  # type: ignore[arg-type]
+            assert stream.state.pending is not None
+            assert stream.state.pending.memory == done
+
+
 def test_the_last_of_two_switches_counts_and_an_unusable_one_does_not() -> None:
     pipeline = small_pipeline()
     stream, other = Stream(pipeline, "one", 1), Stream(pipeline, "one", 1)

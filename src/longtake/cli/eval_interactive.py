@@ -28,7 +28,7 @@ class Arguments(Config):
         split: combinations and wordings that training may see, those held out from it, or any.
         batch: streams generated together; it changes no result beyond rounding.
         sink: what a switch does with the first frames: keep them, encode them again or drop them.
-        memory: what it does with the memory of models that have one.
+        memory: what it does with the memory of models that have one; own: what the model does by itself.
         window: what it does with the last frames.
     """
 
@@ -42,7 +42,7 @@ class Arguments(Config):
     split: Literal["train", "heldout", "any"] = "any"
     batch: int = Field(16, ge=1)
     sink: Literal["keep", "reencode", "drop"] = "keep"
-    memory: Literal["keep", "rebuild", "reset"] = "rebuild"
+    memory: Literal["own", "keep", "rebuild", "reset"] = "own"
     window: Literal["reencode", "keep"] = "reencode"
 
 
@@ -58,7 +58,8 @@ def run(arguments: Arguments) -> int:
     config = config_of(InteractiveConfig, arguments)
     make_directory(arguments.out)
     model = load_model(arguments.model_path)
-    policy = PromptSwitch(text="", sink=arguments.sink, memory=arguments.memory, window=arguments.window)
+    memory = model.pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
+    policy = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
     subject = ModelSource(model.pipeline, model.card.name, policy)
     truth = ceilings(model.pipeline, config.level)[0]
     summary = run_interactive(config, (subject, truth), arguments.out, Progress())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -40,6 +40,9 @@ class StreamConfig(Config):
         opening_guidance: the same of chunks that open something, on which most of a prompt is decided; None
             for `guidance`. Where other chunks have none, both branches read the same past.
         negative_prompt: what guidance leads away from.
+        memory_at_switch: what a prompt switch does with the memory unless it says otherwise (see
+            `stream.state.PromptSwitch`): "rebuild" it from the window, as LongLive and Echo-Infinity do;
+            "keep" it where prompts may also lead away from something and back.
     """
 
     height: int = Field(gt=0)
@@ -52,6 +55,7 @@ class StreamConfig(Config):
     guidance: float | None = Field(default=None, ge=0)
     opening_guidance: float | None = Field(default=None, ge=0)
     negative_prompt: str = ""
+    memory_at_switch: Literal["keep", "rebuild", "reset"] = "rebuild"
 
     @model_validator(mode="after")
     def _has_temperatures(self) -> StreamConfig:

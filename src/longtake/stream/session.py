@@ -51,10 +51,12 @@ class Stream(Iterator[Chunk]):
         text: str,
         *,
         sink: Literal["keep", "reencode", "drop"] = "keep",
-        memory: Literal["keep", "rebuild", "reset"] = "rebuild",
+        memory: Literal["keep", "rebuild", "reset"] | None = None,
         window: Literal["reencode", "keep"] = "reencode",
     ) -> int:
         """Change the prompt from the next chunk on; see :class:`~longtake.stream.state.PromptSwitch`.
+
+        A `memory` of None is what the model does by default (`StreamConfig.memory_at_switch`).
 
         Returns:
             The index of the chunk it takes effect in.
@@ -62,6 +64,7 @@ class Stream(Iterator[Chunk]):
         Raises:
             PromptError: a prompt the text encoder refuses; the one in force stays.
         """
+        memory = memory or self.engine.pipeline.config.memory_at_switch
         return self.engine.set_prompt(
             self.state, PromptSwitch(text=text, sink=sink, memory=memory, window=window)
         )
