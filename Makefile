@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 OUT ?= outputs
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 PROMPT ?= a red circle bouncing on a blue sky
 
 .DEFAULT_GOAL := help
@@ -35,8 +36,9 @@ demo: $(VENV)/.installed  ## generate a 30-second video and say where it is
 	$(BIN)/longtake generate --prompt "$(PROMPT)" --seconds 30 --output-path $(OUT)/demo.mp4
 	@echo "the video is at $(abspath $(OUT)/demo.mp4)"
 
+# One process and one thread per core: networks as small as those of the tests gain nothing from more threads.
 test: $(VENV)/.installed-dev  ## the test suite
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 check: $(VENV)/.installed-dev  ## lint, formatting, types, import directions
 	$(BIN)/ruff check .
