@@ -196,12 +196,14 @@ def tiny_memory() -> Recipe:
             ),
             memory_at_switch="keep",
         ),
-        latents=plain.latents.replace(levels=(1, 2, 2, 2, 3)),
+        latents=plain.latents.replace(levels=(1, 1, 2, 2, 3)),
         memory=windows.replace(
             loop=windows.loop.replace(num_steps=1000, num_warmup_steps=30, decay_from=0.3, ema_decay=0.98),
-            num_clips=5,
+            num_clips=4,
             num_recall_clips=3,
             recall_absence=(1.0, 4.0),
+            recall_away_chunks=2,
+            num_long_clips=3,
             memory_guide_weight=1.0,
         ),
     )

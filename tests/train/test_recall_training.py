@@ -98,7 +98,7 @@ def test_the_memory_is_read_while_what_is_to_come_back_is_away() -> None:
     assert module.dit.token_grid(*size) == (2, 2)
     reading = MemoryReading(batch, task._memory_probe, 2)
     generator = torch.Generator().manual_seed(0)
-    task._walk(batch.clips, len(batch.learned), 1.0, generator, reading)
+    task._walk(batch.clips, len(batch.learned), 1.0, generator, batch.learned, reading)
     assert len(reading.errors) == sum(batch.unseen)
     torch.stack(reading.errors).mean().backward()
     network = module.dit.memory
@@ -120,10 +120,21 @@ def test_chunks_begin_where_serving_has_them() -> None:
         assert made._boundary(frame) == Chunking().boundary(frame)
 
 
+@pytest.mark.parametrize("absence", [0.1, 1.5, 3.0])
+def test_some_chunks_are_learned_from_while_the_camera_rests_elsewhere(absence: float) -> None:
+    drawn = [source(num_away=n, absence=(absence, absence)).draw(np.random.default_rng(3), 1) for n in (0, 2)]
+    plain, made = (batch.learned for batch in drawn)
+    away, back = (start // 3 for start, _ in drawn[1].clips.prompts[0][2:])
+    added = [chunk for chunk, (before, now) in enumerate(zip(plain, made, strict=True)) if before != now]
+    assert len(added) == min(2, max(0, back - away - 4))
+    assert all(made[chunk] and away + 4 <= chunk < back for chunk in added)
+
+
+@pytest.mark.parametrize("num_away", [0, 2])
 @pytest.mark.parametrize("absence", [(1.0, 1.0), (3.0, 3.0), (0.1, 0.1)])
-def test_no_batch_is_longer_than_planned(absence: tuple[float, float]) -> None:
-    made = source(absence=absence)
-    most, most_learned = longest_chunks(round(absence[1] * 48), 12, 1.0)
+def test_no_batch_is_longer_than_planned(absence: tuple[float, float], num_away: int) -> None:
+    made = source(absence=absence, num_away=num_away)
+    most, most_learned = longest_chunks(round(absence[1] * 48), 12, 1.0, num_away)
     for seed in range(5):
         batch = made.draw(np.random.default_rng(seed), 2)
         assert most - 11 <= len(batch.learned) <= most

@@ -17,6 +17,7 @@ from longtake.models.latent_config import LatentConfig
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_multiple
+from longtake.train.long_clips import first_late_chunk
 from longtake.train.plan import Machine, StagePlan
 from longtake.train.stage_plans import (
     Sizes,
@@ -241,7 +242,15 @@ def _check_clips(recipe: Recipe, stage: str) -> None:
         )
     if isinstance(config, DiTTrainingConfig) and config.memory_guide_weight > 0:
         _check_memory_guide(recipe, stage)
-    if not config.walks and not recalls:
+    lasts = isinstance(config, DiTTrainingConfig) and config.num_long_clips > 0
+    fewest = first_late_chunk(recipe.stream.history) + config.num_long_learned if lasts else 0
+    if lasts and config.num_long_chunks < fewest:
+        raise ConfigError(
+            f"{stage}.num_long_chunks={config.num_long_chunks} leaves no {config.num_long_learned} chunks "
+            "after sink and window have filled",
+            f"set {stage}.num_long_chunks={fewest} or more",
+        )
+    if not config.walks and not recalls and not lasts:
         raise ConfigError(
             f"{stage}.num_clips=0 and {stage}.num_first_clips=0 leave nothing to learn from", "raise either"
         )

@@ -5,6 +5,8 @@ Legend: b clips, f latent frames, c channels, h/w latent rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips, ClipSource
+from longtake.train.long_clips import LongSource
 from longtake.train.loop import Learner
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.probes import MemoryReading, probes_of, token_guide_error
@@ -38,6 +41,7 @@ class DiTTask:
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
         recall: source of clips that ask for recall; None where the stage has none.
+        long_clips: source of clips of several windows; None likewise.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class DiTTask:
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
         recall: RecallSource | None = None,
+        long_clips: LongSource | None = None,
     ) -> None:
         self.networks = module
         self.module: nn.Module = module
@@ -67,6 +72,7 @@ class DiTTask:
         self.first_clips = first_clips
         self.clips = clips
         self.recall = recall
+        self.long_clips = long_clips
         self.held_out = held_out
         self.optimizer = dit_optimizer(
             self.module,
@@ -92,16 +98,24 @@ class DiTTask:
             parts += self._walk(clips, num_chunks, weight, generator)
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
+        if self.long_clips is not None:
+            lasting = self.long_clips.draw(rng, config.num_long_clips)
+            late = self._walk(lasting.clips, len(lasting.learned), weight, generator, lasting.learned)
+            parts += late
+            prompts += [text for of_clip in lasting.clips.prompts for _, text in of_clip]
+            weights += [1.0] * len(late)
         if self.recall is not None:
             batch = self.recall.draw(rng, config.num_recall_clips)
             reading = MemoryReading(batch, self._memory_probe, self.networks.dit.config.patch_size[-1])
-            asked = self._walk(batch.clips, len(batch.learned), weight, generator, reading)
+            asked = self._walk(batch.clips, len(batch.learned), weight, generator, batch.learned, reading)
             parts += asked
             weights += [1.0] * len(asked)
         shares = torch.tensor(weights) / sum(weights)
         loss = (torch.stack([part for part, _, _ in parts]) * shares).sum()
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
+        if self.long_clips is not None:
+            figures["foreground_long"] = float(torch.stack([error for _, error, _ in late]).mean())
         if self.recall is not None:
             figures["foreground_recall"] = float(torch.stack([error for _, error, _ in asked]).mean())
         read = [error for _, _, error in parts if error is not None]
@@ -125,6 +139,7 @@ class DiTTask:
         num_chunks: int,
         foreground_weight: float,
         generator: torch.Generator,
+        learned: Sequence[bool] | None = None,
         recall: MemoryReading | None = None,
     ) -> list[_Errors]:
         """The errors of every chunk of the clips, or of those that are learned; the others are committed."""
@@ -152,7 +167,7 @@ class DiTTask:
             clean = latents[:, span]
             if recall is not None:
                 recall.read(walk, chunk)
-            if recall is not None and not recall.batch.learned[chunk]:
+            if learned is not None and not learned[chunk]:
                 walk.commit(clean, learns=False)
                 continue
             sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)

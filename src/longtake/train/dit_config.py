@@ -65,6 +65,22 @@ class DiTTrainingConfig(ClipsPerStep):
     recall_absence: tuple[float, float] = Field(
         (1.0, 3.0), description="shortest and longest absence in them, in windows"
     )
+    recall_away_chunks: int = Field(
+        0,
+        ge=0,
+        description="chunks of them that are learned from while the camera rests elsewhere, where what is "
+        "remembered is not to be seen",
+    )
+    num_long_clips: int = Field(
+        0,
+        ge=0,
+        description="clips per step that go on for several windows and ask for no recall "
+        "(`train.long_clips`); needs fresh clips",
+    )
+    num_long_chunks: int = Field(14, ge=1, description="the most chunks of such a clip")
+    num_long_learned: int = Field(
+        4, ge=1, description="chunks of it that are learned from, after sink and window have filled"
+    )
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
@@ -85,11 +101,10 @@ class DiTTrainingConfig(ClipsPerStep):
             raise ConfigError(
                 f"recall_absence={self.recall_absence} is no range of absences", "use for instance [1.0, 3.0]"
             )
-        if self.num_recall_clips > 0 and not self.fresh_clips:
-            raise ConfigError(
-                f"num_recall_clips={self.num_recall_clips} are rendered anew for every step",
-                "set fresh_clips=true",
-            )
+        for name in ("num_recall_clips", "num_long_clips"):
+            count = getattr(self, name)
+            if count > 0 and not self.fresh_clips:
+                raise ConfigError(f"{name}={count} are rendered anew for every step", "set fresh_clips=true")
         if self.memory_guide_weight > 0 and self.num_recall_clips == 0:
             raise ConfigError(
                 f"memory_guide_weight={self.memory_guide_weight} reads memories that nothing asks for",

@@ -139,6 +139,17 @@ def _at_switch(config: LatentCacheConfig, scene: Scene, stride: int, rng: np.ran
     return Excerpt(scene, start, ((0, first.caption), (latent, switched.caption)), True)
 
 
+def chunk_at(frame: int, chunk_frames: int, stride: int) -> int:
+    """Index of the first chunk that begins at or after a pixel frame; `stride` of them per latent frame."""
+    # The first latent frame is one pixel frame.
+    return max(0, -(-(frame - 1 + stride) // (chunk_frames * stride))) if frame > 0 else 0
+
+
+def chunk_start(chunk: int, chunk_frames: int, stride: int) -> int:
+    """First pixel frame of a chunk."""
+    return 1 + (chunk * chunk_frames - 1) * stride if chunk > 0 else 0
+
+
 def prompts_in_force(prompts: Sequence[Prompts], frame: int) -> list[str]:
     """Of each clip the prompt at a latent frame."""
     return [next(text for start, text in reversed(of_clip) if start <= frame) for of_clip in prompts]

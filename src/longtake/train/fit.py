@@ -135,7 +135,7 @@ def _halved_batches(config: Config) -> Iterator[dict[str, object]]:
     """Settings for half the clips and twice the batches, a quarter of them and so on."""
     counts = {
         name: getattr(config, name)
-        for name in ("num_clips", "num_first_clips", "num_recall_clips")
+        for name in ("num_clips", "num_first_clips", "num_recall_clips", "num_long_clips")
         if name in type(config).model_fields and getattr(config, name) > 0
     }
     steps = config.loop.accumulation_steps  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
 """Fresh clips that ask for recall, and which of their chunks there is something to learn from.
 
 What was shown leaves the view for longer than the window and comes back unnamed (`world.recall`). While the
-camera rests elsewhere nothing is asked of a memory but to last: those chunks are only committed. What is to
-come back must be shown as asked first, so the switch to it is learned from as well.
+camera rests elsewhere a memory is to last and to keep silent: most of those chunks are only committed. What
+is to come back must be shown as asked first, so the switch to it is learned from as well.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.excerpts import Excerpt, LatentCacheConfig
+from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
 from longtake.train.latents import Clips, encode_clips
 from longtake.world.recall import (
     RecallScene,
@@ -56,6 +56,8 @@ class RecallSource:
             never shorter than the camera's way.
         guided: with the guide, see `train.guide`.
         ahead: pixel frames that the guide looks ahead.
+        num_away: chunks that are learned from while the camera rests elsewhere, or as many as there are:
+            what is remembered is not to be seen there.
     """
 
     vae: TinyVAE
@@ -64,6 +66,7 @@ class RecallSource:
     absence: tuple[float, float]
     guided: bool = False
     ahead: tuple[int, ...] = ()
+    num_away: int = 0
 
     def draw(self, rng: np.random.Generator, count: int) -> RecallBatch:
         """Scenes that follow from the generator's state alone, as long as the longest of them."""
@@ -103,43 +106,44 @@ class RecallSource:
         )
         leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
         chunks = range(num_chunks)
+        silent = range(away + leaving, back)
+        learned = {
+            *range(shown, shown + _NUM_SHOWING),
+            *range(away, away + leaving),
+            *range(back, num_chunks),
+        }
+        if self.num_away > 0:
+            learned |= set(rng.permutation(silent)[: self.num_away].tolist())
         return RecallBatch(
             encode_clips(self.vae, excerpts, config, self.guided, self.ahead),
-            learned=tuple(
-                chunk >= back or shown <= chunk < shown + _NUM_SHOWING or away <= chunk < away + leaving
-                for chunk in chunks
-            ),
+            learned=tuple(chunk in learned for chunk in chunks),
             shown_frame=away * config.chunk_frames - 1,
             unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
         )
 
     def _boundary(self, frame: int) -> int:
         """First pixel frame of the first chunk that begins at or after a frame."""
-        return self._start_of(self._chunk_at(frame))
+        return chunk_start(self._chunk_at(frame), self.config.chunk_frames, self.vae.config.temporal_stride)
 
     def _chunk_at(self, frame: int) -> int:
-        """Index of the first chunk that begins at or after a pixel frame."""
-        stride, chunk = self.vae.config.temporal_stride, self.config.chunk_frames
-        # The first latent frame is one pixel frame: chunk i > 0 begins at 1 + (i * chunk - 1) * stride.
-        return max(0, -(-(frame - 1 + stride) // (chunk * stride))) if frame > 0 else 0
-
-    def _start_of(self, chunk: int) -> int:
-        stride = self.vae.config.temporal_stride
-        return 1 + (chunk * self.config.chunk_frames - 1) * stride if chunk > 0 else 0
+        return chunk_at(frame, self.config.chunk_frames, self.vae.config.temporal_stride)
 
 
-def longest_chunks(absence_frames: int, chunk_pixel_frames: int, aspect: float) -> tuple[int, int]:
+def longest_chunks(
+    absence_frames: int, chunk_pixel_frames: int, aspect: float, num_away: int = 0
+) -> tuple[int, int]:
     """Upper ends of a batch's chunks, and of those that are learned from (for plans).
 
     Args:
         absence_frames: the longest absence, in pixel frames.
         chunk_pixel_frames: pixel frames of a chunk.
         aspect: width of the view over its height.
+        num_away: see `RecallSource`.
     """
     whole, back = longest_recall_frames(absence_frames, chunk_pixel_frames, aspect)
     chunks = -(-whole // chunk_pixel_frames)
     leaving = _leaving_chunks(chunk_pixel_frames, aspect)
-    return chunks, min(chunks, _NUM_SHOWING + leaving + -(-back // chunk_pixel_frames))
+    return chunks, min(chunks, _NUM_SHOWING + leaving + num_away + -(-back // chunk_pixel_frames))
 
 
 def _leaving_chunks(chunk_pixel_frames: int, aspect: float) -> int:

@@ -24,6 +24,7 @@ from longtake.train.excerpts import LatentCacheConfig, captions_of
 from longtake.train.fit import this_machine
 from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
 from longtake.train.layers import LayersConfig, LayersTask
+from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
@@ -198,7 +199,8 @@ def _train_dit(
     clips = _load_clips(recipe, networks, out, config)
     rollouts = _rollouts(recipe, networks, clips[-1].captions, config.num_chunks)
     recall = _recall(recipe, networks, config)
-    task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts, recall)
+    late = _long_clips(recipe, networks, config)
+    task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts, recall, late)
     return networks.run(stage, task, config, networks.text_to_latents, seconds)
 
 
@@ -268,6 +270,21 @@ def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> R
         recipe.latents,
         window * recipe.vae_model.temporal_stride,
         config.recall_absence,
+        config.guided,
+        config.guide_ahead,
+        config.recall_away_chunks,
+    )
+
+
+def _long_clips(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> LongSource | None:
+    if config.num_long_clips == 0:
+        return None
+    return LongSource(
+        networks.require_vae(),
+        recipe.latents,
+        config.num_long_chunks,
+        config.num_long_learned,
+        first_late_chunk(recipe.stream.history),
         config.guided,
         config.guide_ahead,
     )

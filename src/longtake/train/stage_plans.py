@@ -35,6 +35,7 @@ from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig, latent_probe, select_learned, vae_optimizer
 
 _RECALL_PROMPTS = 4
+_LONG_PROMPTS = 3
 
 
 def on_meta(make: Callable[[], nn.Module], frozen: bool = False) -> nn.Module:
@@ -72,14 +73,15 @@ class Sizes:
         """Of the DiT's passes."""
         return DiTCosts(self.dit, self.history, self.height, self.width, arithmetic)
 
-    def recall_chunks(self, absence: tuple[float, float]) -> tuple[int, int]:
+    def recall_chunks(self, absence: tuple[float, float], num_away: int = 0) -> tuple[int, int]:
         """The most chunks of a clip that asks for recall, and the most that are learned from; absences in
-        windows.
+        windows, `num_away` as in `train.recall`.
         """
         stride, window = self.vae.temporal_stride, self.history.window_frames
         assert window is not None, "recipes with recall clips have a window"
         chunk = self.history.chunk_frames * stride
-        return longest_chunks(round(absence[1] * window * stride), chunk, self.width / self.height)
+        aspect = self.width / self.height
+        return longest_chunks(round(absence[1] * window * stride), chunk, aspect, num_away)
 
     def text_cost(self, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
         """Of encoding prompts, to the end."""
@@ -123,8 +125,8 @@ def plan_dit(
             if commits > 0 and config.resampled_sigmas:
                 expected = len(config.resampled_sigmas) / 2  # passes without gradients
                 cost += costs.forward(count, chunk).times(expected)
-    if config.num_recall_clips > 0:
-        cost += _recall_walk(sizes, config, arithmetic)
+    for walk in _sparse_walks(sizes, config):
+        cost += _sparse_walk(sizes, config, walk, arithmetic)
     module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
     with torch.device("meta"):
         probes = probes_of(module, config)
@@ -168,16 +170,37 @@ def plan_layers(
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
 
-def _recall_walk(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic) -> Cost:
-    """The longest walk through clips that ask for recall."""
-    costs, count = sizes.costs(arithmetic), config.num_recall_clips
-    num_chunks, num_learned = sizes.recall_chunks(config.recall_absence)
-    cost = sizes.text_cost(count, True, arithmetic).repeated(_RECALL_PROMPTS)
-    for chunk in range(num_chunks - num_learned):
-        cost += costs.forward(count, chunk, num_committed=costs.kept_rows(count, chunk))
-        cost += costs.memory(count, chunk, True)
-    for chunk in range(num_chunks - num_learned, num_chunks):
-        cost += costs.forward((config.num_copies + 1) * count, chunk, True, count, count)
+@dataclass(frozen=True)
+class _SparseWalk:
+    """Clips of whose chunks some are learned from, at the most."""
+
+    num_clips: int
+    num_chunks: int
+    num_learned: int
+    num_prompts: int
+
+
+def _sparse_walks(sizes: Sizes, config: DiTTrainingConfig) -> list[_SparseWalk]:
+    """Of a step: the longest clips that ask for recall, and those of several windows."""
+    walks = []
+    if config.num_long_clips > 0:
+        most = (config.num_long_chunks, config.num_long_learned, _LONG_PROMPTS)
+        walks.append(_SparseWalk(config.num_long_clips, *most))
+    if config.num_recall_clips > 0:
+        most = (*sizes.recall_chunks(config.recall_absence, config.recall_away_chunks), _RECALL_PROMPTS)
+        walks.append(_SparseWalk(config.num_recall_clips, *most))
+    return walks
+
+
+def _sparse_walk(sizes: Sizes, config: DiTTrainingConfig, walk: _SparseWalk, arithmetic: Arithmetic) -> Cost:
+    """Its chunks that are learned from come last, which costs the most."""
+    costs, count = sizes.costs(arithmetic), walk.num_clips
+    cost = sizes.text_cost(count, True, arithmetic).repeated(walk.num_prompts)
+    for chunk in range(walk.num_chunks):
+        if chunk < walk.num_chunks - walk.num_learned:
+            cost += costs.forward(count, chunk, num_committed=costs.kept_rows(count, chunk))
+        else:
+            cost += costs.forward((config.num_copies + 1) * count, chunk, True, count, count)
         cost += costs.memory(count, chunk, True)
     return cost
 
@@ -351,8 +374,8 @@ def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> 
         return []
     stride, cost = sizes.vae.spatial_stride, Cost()
     walks = list(config.walks)
-    if isinstance(config, DiTTrainingConfig) and config.num_recall_clips > 0:
-        walks.append((config.num_recall_clips, sizes.recall_chunks(config.recall_absence)[0]))
+    if isinstance(config, DiTTrainingConfig):
+        walks += [(walk.num_clips, walk.num_chunks) for walk in _sparse_walks(sizes, config)]
     for count, num_chunks in walks:
         frames = (
             count,

@@ -1,0 +1,111 @@
+"""Fresh clips that go on for several windows: what a memory of long ago must not spoil.
+
+A camera that keeps panning, prompts that change a part of a scene, and prompts that leave it for another one.
+A few chunks are learned from, all of them after frames have left the window; the others are only committed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from longtake.history.base import HistoryConfig
+from longtake.models.tiny_vae import TinyVAE
+from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
+from longtake.train.latents import Clips, encode_clips
+from longtake.world import Scene, sample_scene
+
+_NUM_SEEDS = 1 << 30
+_LEVEL = 3  # whose scenes pan or have prompt switches
+_OTHER_LEVELS = (1, 2)
+
+
+@dataclass(frozen=True)
+class LongBatch:
+    """Clips of one length, and of every chunk whether it is learned from or only committed."""
+
+    clips: Clips
+    learned: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class LongSource:
+    """Long clips of the training split, other ones in every step; half of them pan.
+
+    Args:
+        vae: encodes them.
+        config: their size, split and chunks; its number of frames and its levels do not matter.
+        num_chunks: the most that a clip has; it ends with the last one that is learned from.
+        num_learned: chunks that are learned from, one of every so many equal parts of those that may be.
+        first_learned: the first chunk that may be: from which on something has left the window.
+        guided: with the guide, see `train.guide`.
+        ahead: pixel frames that the guide looks ahead.
+    """
+
+    vae: TinyVAE
+    config: LatentCacheConfig
+    num_chunks: int
+    num_learned: int
+    first_learned: int
+    guided: bool = False
+    ahead: tuple[int, ...] = ()
+
+    def draw(self, rng: np.random.Generator, count: int) -> LongBatch:
+        """Clips that follow from the generator's state alone."""
+        edges = np.linspace(self.first_learned, self.num_chunks, self.num_learned + 1)
+        parts = rng.random(self.num_learned)
+        chosen = {
+            int(low + part * (high - low))
+            for low, high, part in zip(edges[:-1], edges[1:], parts, strict=True)
+        }
+        learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
+        config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
+        excerpts = [
+            self._excerpt(
+                self.config.first_seed + int(rng.integers(_NUM_SEEDS)),
+                config.num_latent_frames,
+                pans=bool(rng.integers(2)),
+                leaves=bool(rng.integers(2)),
+            )
+            for _ in range(count)
+        ]
+        return LongBatch(encode_clips(self.vae, excerpts, config, self.guided, self.ahead), learned)
+
+    def _excerpt(self, seed: int, num_frames: int, *, pans: bool, leaves: bool) -> Excerpt:
+        """The beginning of a scene, its prompts coming into force where chunks begin.
+
+        Args:
+            seed: of the scene; the first one from it on that is of the kind asked for.
+            num_frames: latent frames of the clip.
+            pans: its camera pans; otherwise its prompt switches.
+            leaves: every switch is to a scene that has nothing to do with the one before.
+        """
+        while True:
+            scene = sample_scene(seed, _LEVEL, self.config.split)
+            if (len(scene.segments) == 1) == pans:
+                break
+            seed += 1
+        stride = self.vae.config.temporal_stride
+        prompts, segments = [], []
+        for index, segment in enumerate(scene.segments):
+            chunk = chunk_at(segment.start, self.config.chunk_frames, stride)
+            latent = chunk * self.config.chunk_frames
+            if latent >= num_frames:
+                break
+            if leaves and not pans:
+                level = _OTHER_LEVELS[(seed + index) % len(_OTHER_LEVELS)]
+                (segment,) = sample_scene(seed + index, level, self.config.split).segments
+            start = chunk_start(chunk, self.config.chunk_frames, stride)
+            segments.append(dataclasses.replace(segment, start=start))
+            prompts.append((latent, segment.caption))
+        whole = Scene(seed=seed, level=_LEVEL, aspect=scene.aspect, segments=tuple(segments))
+        return Excerpt(whole, 0, tuple(prompts), True)
+
+
+def first_late_chunk(history: HistoryConfig) -> int:
+    """The first chunk before which frames have left the window; 0 where none ever does."""
+    if history.window_frames is None:
+        return 0
+    return -(-(history.sink_frames + history.window_frames) // history.chunk_frames) + 1

@@ -1,0 +1,126 @@
+"""Clips of several windows: which of their chunks teach, and that their prompts tell what they show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from counting import some_clips
+from longtake.errors import ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.models.tiny_vae import TinyVAE
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.long_clips import LongSource, first_late_chunk
+from longtake.train.plan import Machine
+from longtake.train.recipe import Recipe
+from longtake.train.run import train
+from longtake.world import parse_caption
+from toy_training import HISTORY, VAE, loop, networks, recipe
+
+PLENTY = Machine("cpu", 10**15)
+
+
+def source(**changes: object) -> LongSource:
+    torch.manual_seed(0)
+    config = LatentCacheConfig(chunk_frames=3, height=16, width=16)
+    settings = {"num_chunks": 14, "num_learned": 4, "first_learned": 6, **changes}
+    return LongSource(TinyVAE(VAE).requires_grad_(False), config, **settings)  # type: ignore[arg-type]
+
+
+def test_clips_follow_the_generator_and_teach_late() -> None:
+    made = source()
+    for seed in range(3):
+        batch = made.draw(np.random.default_rng(seed), 2)
+        again = made.draw(np.random.default_rng(seed), 2)
+        assert torch.equal(batch.clips.latents_bfchw, again.clips.latents_bfchw)
+        assert batch.learned == again.learned
+        assert sum(batch.learned) == 4
+        assert not any(batch.learned[:6])
+        assert batch.learned[-1]
+        assert 12 < len(batch.learned) <= 14
+        assert batch.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
+        assert all(batch.clips.opens)
+
+
+def test_half_of_them_pan_and_half_have_prompts_that_switch_where_chunks_begin() -> None:
+    prompts = source().draw(np.random.default_rng(0), 24).clips.prompts
+    pans = [of_clip for of_clip in prompts if "pan" in of_clip[0][1]]
+    others = [of_clip for of_clip in prompts if of_clip not in pans]
+    assert 6 <= len(pans) <= 18
+    assert all(len(of_clip) == 1 for of_clip in pans)
+    starts = [start for of_clip in others for start, _ in of_clip]
+    assert all(start % 3 == 0 for start in starts)
+    assert max(starts) > 15
+    assert sum(len(of_clip) > 1 for of_clip in others) > len(others) / 2
+    left = [of_clip for of_clip in others if len(of_clip) > 1 and unlike(of_clip[0][1], of_clip[1][1])]
+    assert left, "some switches leave a scene altogether"
+    assert len(left) < len(others)
+
+
+def unlike(before: str, after: str) -> bool:
+    first, second = parse_caption(before), parse_caption(after)
+    looks = [{(item.colour, item.shape) for item in asked.objects} for asked in (first, second)]
+    return not looks[0] & looks[1] and first.background != second.background
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [({}, 6), ({"sink_frames": 0}, 5), ({"window_frames": None}, 0), ({"chunk_frames": 4}, 5)],
+)
+def test_the_first_late_chunk_is_the_first_that_frames_have_left(
+    changes: dict[str, object], first: int
+) -> None:
+    assert (
+        first_late_chunk(HistoryConfig(window_frames=12, sink_frames=3, chunk_frames=3).replace(**changes))
+        == first
+    )
+
+
+def lasting(**changes: object) -> Recipe:
+    made = recipe()
+    settings = {
+        "loop": loop(2),
+        "num_clips": 0,
+        "num_first_clips": 0,
+        "num_chunks": 2,
+        "num_copies": 1,
+        "num_long_clips": 2,
+        "num_long_chunks": 6,
+        "num_long_learned": 2,
+        "fresh_clips": True,
+        **changes,
+    }
+    return made.replace(stages=("vae", "latents", "windows", "export"), windows=DiTTrainingConfig(**settings))  # type: ignore[arg-type]
+
+
+def test_a_stage_learns_from_them_alone(tmp_path: Path) -> None:
+    train(lasting(), tmp_path)
+    assert "foreground_long" in (tmp_path / "windows" / "log.jsonl").read_text()
+
+
+def test_only_chunks_that_are_learned_from_count() -> None:
+    made = lasting()
+    draws = source(num_chunks=6, num_learned=2, first_learned=2)
+    draws = LongSource(draws.vae, draws.config.replace(chunk_frames=2), 6, 2, 2)
+    module = networks(made.dit_model)
+    task = DiTTask(module, HISTORY, made.windows, None, None, some_clips(), long_clips=draws)
+    batch = draws.draw(np.random.default_rng(0), 2)
+    parts = task._walk(batch.clips, len(batch.learned), 1.0, torch.Generator().manual_seed(0), batch.learned)
+    assert len(parts) == 2
+
+
+def test_they_are_planned_halved_and_refused() -> None:
+    plan, fewer = (lasting(num_long_clips=count).plan("windows", PLENTY) for count in (2, 1))
+    assert plan is not None
+    assert fewer is not None
+    for part in ("walks", "encoding of fresh clips"):
+        assert plan.flops[part] > fewer.flops[part]
+    with pytest.raises(ConfigError, match="rendered anew"):
+        lasting(fresh_clips=False)
+    with pytest.raises(ConfigError, match="num_long_chunks=4 leaves no 2 chunks"):
+        lasting(num_long_chunks=4).check(("windows",), PLENTY)
