@@ -130,11 +130,21 @@ def test_some_chunks_are_learned_from_while_the_camera_rests_elsewhere(absence: 
     assert all(made[chunk] and away + 4 <= chunk < back for chunk in added)
 
 
-@pytest.mark.parametrize("num_away", [0, 2])
+def test_a_share_of_the_chunks_is_drawn_for_every_batch() -> None:
+    whole, some, others = (
+        source(learned_share=share).draw(np.random.default_rng(seed), 1).learned
+        for share, seed in ((1.0, 3), (0.5, 3), (0.5, 4))
+    )
+    assert sum(some) == -(-sum(whole) // 2)
+    assert all(all_of_them or not drawn for all_of_them, drawn in zip(whole, some, strict=True))
+    assert some != others
+
+
+@pytest.mark.parametrize(("num_away", "share"), [(0, 1.0), (2, 1.0), (2, 0.5)])
 @pytest.mark.parametrize("absence", [(1.0, 1.0), (3.0, 3.0), (0.1, 0.1)])
-def test_no_batch_is_longer_than_planned(absence: tuple[float, float], num_away: int) -> None:
-    made = source(absence=absence, num_away=num_away)
-    most, most_learned = longest_chunks(round(absence[1] * 48), 12, 1.0, num_away)
+def test_no_batch_is_longer_than_planned(absence: tuple[float, float], num_away: int, share: float) -> None:
+    made = source(absence=absence, num_away=num_away, learned_share=share)
+    most, most_learned = longest_chunks(round(absence[1] * 48), 12, 1.0, num_away, share)
     for seed in range(5):
         batch = made.draw(np.random.default_rng(seed), 2)
         assert most - 11 <= len(batch.learned) <= most

@@ -65,6 +65,12 @@ class DiTTrainingConfig(ClipsPerStep):
     recall_absence: tuple[float, float] = Field(
         (1.0, 3.0), description="shortest and longest absence in them, in windows"
     )
+    recall_learned_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="of the chunks of them that there is something to learn from, drawn anew in every step",
+    )
     recall_away_chunks: int = Field(
         0,
         ge=0,

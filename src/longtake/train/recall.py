@@ -8,6 +8,7 @@ is to come back must be shown as asked first, so the switch to it is learned fro
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,6 +59,7 @@ class RecallSource:
         ahead: pixel frames that the guide looks ahead.
         num_away: chunks that are learned from while the camera rests elsewhere, or as many as there are:
             what is remembered is not to be seen there.
+        learned_share: of the other chunks that there is something to learn from, drawn for every batch.
     """
 
     vae: TinyVAE
@@ -67,6 +69,7 @@ class RecallSource:
     guided: bool = False
     ahead: tuple[int, ...] = ()
     num_away: int = 0
+    learned_share: float = 1.0
 
     def draw(self, rng: np.random.Generator, count: int) -> RecallBatch:
         """Scenes that follow from the generator's state alone, as long as the longest of them."""
@@ -107,13 +110,9 @@ class RecallSource:
         leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
         chunks = range(num_chunks)
         silent = range(away + leaving, back)
-        learned = {
-            *range(shown, shown + _NUM_SHOWING),
-            *range(away, away + leaving),
-            *range(back, num_chunks),
-        }
-        if self.num_away > 0:
-            learned |= set(rng.permutation(silent)[: self.num_away].tolist())
+        moving = [*range(shown, shown + _NUM_SHOWING), *range(away, away + leaving), *range(back, num_chunks)]
+        learned = set(_some(rng, moving, math.ceil(self.learned_share * len(moving))))
+        learned |= set(_some(rng, silent, self.num_away))
         return RecallBatch(
             encode_clips(self.vae, excerpts, config, self.guided, self.ahead),
             learned=tuple(chunk in learned for chunk in chunks),
@@ -129,8 +128,17 @@ class RecallSource:
         return chunk_at(frame, self.config.chunk_frames, self.vae.config.temporal_stride)
 
 
+def _some(rng: np.random.Generator, chunks: Sequence[int], count: int) -> Sequence[int]:
+    """As many of these, at random; all where there are no more."""
+    return chunks if count >= len(chunks) else rng.choice(chunks, count, replace=False).tolist()
+
+
 def longest_chunks(
-    absence_frames: int, chunk_pixel_frames: int, aspect: float, num_away: int = 0
+    absence_frames: int,
+    chunk_pixel_frames: int,
+    aspect: float,
+    num_away: int = 0,
+    learned_share: float = 1.0,
 ) -> tuple[int, int]:
     """Upper ends of a batch's chunks, and of those that are learned from (for plans).
 
@@ -138,12 +146,13 @@ def longest_chunks(
         absence_frames: the longest absence, in pixel frames.
         chunk_pixel_frames: pixel frames of a chunk.
         aspect: width of the view over its height.
-        num_away: see `RecallSource`.
+        num_away, learned_share: see `RecallSource`.
     """
     whole, back = longest_recall_frames(absence_frames, chunk_pixel_frames, aspect)
     chunks = -(-whole // chunk_pixel_frames)
     leaving = _leaving_chunks(chunk_pixel_frames, aspect)
-    return chunks, min(chunks, _NUM_SHOWING + leaving + num_away + -(-back // chunk_pixel_frames))
+    moving = _NUM_SHOWING + leaving + -(-back // chunk_pixel_frames)
+    return chunks, min(chunks, math.ceil(learned_share * moving) + num_away)
 
 
 def _leaving_chunks(chunk_pixel_frames: int, aspect: float) -> int:

@@ -273,6 +273,7 @@ def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> R
         config.guided,
         config.guide_ahead,
         config.recall_away_chunks,
+        config.recall_learned_share,
     )
 
 

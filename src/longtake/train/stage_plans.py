@@ -73,15 +73,17 @@ class Sizes:
         """Of the DiT's passes."""
         return DiTCosts(self.dit, self.history, self.height, self.width, arithmetic)
 
-    def recall_chunks(self, absence: tuple[float, float], num_away: int = 0) -> tuple[int, int]:
+    def recall_chunks(
+        self, absence: tuple[float, float], num_away: int = 0, learned_share: float = 1.0
+    ) -> tuple[int, int]:
         """The most chunks of a clip that asks for recall, and the most that are learned from; absences in
-        windows, `num_away` as in `train.recall`.
+        windows, the rest as in `train.recall`.
         """
         stride, window = self.vae.temporal_stride, self.history.window_frames
         assert window is not None, "recipes with recall clips have a window"
         chunk = self.history.chunk_frames * stride
         aspect = self.width / self.height
-        return longest_chunks(round(absence[1] * window * stride), chunk, aspect, num_away)
+        return longest_chunks(round(absence[1] * window * stride), chunk, aspect, num_away, learned_share)
 
     def text_cost(self, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
         """Of encoding prompts, to the end."""
@@ -184,11 +186,14 @@ def _sparse_walks(sizes: Sizes, config: DiTTrainingConfig) -> list[_SparseWalk]:
     """Of a step: the longest clips that ask for recall, and those of several windows."""
     walks = []
     if config.num_long_clips > 0:
-        most = (config.num_long_chunks, config.num_long_learned, _LONG_PROMPTS)
-        walks.append(_SparseWalk(config.num_long_clips, *most))
+        walks.append(
+            _SparseWalk(config.num_long_clips, config.num_long_chunks, config.num_long_learned, _LONG_PROMPTS)
+        )
     if config.num_recall_clips > 0:
-        most = (*sizes.recall_chunks(config.recall_absence, config.recall_away_chunks), _RECALL_PROMPTS)
-        walks.append(_SparseWalk(config.num_recall_clips, *most))
+        num_chunks, num_learned = sizes.recall_chunks(
+            config.recall_absence, config.recall_away_chunks, config.recall_learned_share
+        )
+        walks.append(_SparseWalk(config.num_recall_clips, num_chunks, num_learned, _RECALL_PROMPTS))
     return walks
 
 
