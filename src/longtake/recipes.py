@@ -198,7 +198,7 @@ def tiny_memory() -> Recipe:
         ),
         latents=plain.latents.replace(levels=(1, 1, 2, 2, 3)),
         memory=windows.replace(
-            loop=windows.loop.replace(num_steps=600, num_warmup_steps=30, decay_from=0.3, ema_decay=0.98),
+            loop=windows.loop.replace(num_steps=440, num_warmup_steps=30, decay_from=0.3, ema_decay=0.98),
             num_clips=3,
             num_first_clips=12,
             num_recall_clips=3,
