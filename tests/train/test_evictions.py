@@ -23,6 +23,7 @@ from longtake.train import evictions as stage
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.evictions import Evictions, EvictionsConfig, EvictionsTask, evictions_of
 from longtake.train.excerpts import LatentCacheConfig, prompts_in_force
+from longtake.train.latents import ClipEncoder
 from longtake.train.networks import TextToLatents
 from longtake.train.plan import Machine
 from longtake.train.recall import RecallBatch, RecallSource
@@ -44,7 +45,9 @@ SIZE = 32  # 2 x 2 tokens
 def batch(count: int = 2) -> RecallBatch:
     torch.manual_seed(0)
     config = LatentCacheConfig(chunk_frames=2, height=SIZE, width=SIZE)
-    source = RecallSource(TinyVAE(VAE).requires_grad_(False), config, 20, (2.0, 3.0), True)
+    source = RecallSource(
+        ClipEncoder(TinyVAE(VAE).requires_grad_(False), guided=True), config, 20, (2.0, 3.0)
+    )
     return source.draw(np.random.default_rng(0), count)
 
 

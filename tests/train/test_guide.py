@@ -13,7 +13,7 @@ from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
-from longtake.train.latents import FreshClips
+from longtake.train.latents import ClipEncoder, FreshClips
 from longtake.train.probes import token_guide_error
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks, sample_scene
@@ -26,7 +26,7 @@ def fresh_task(**changes: object) -> DiTTask:
     cache = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(1, 2), height=32, width=32)
     ahead = changes.get("guide_ahead", ())
     assert isinstance(ahead, tuple)
-    source = FreshClips(TinyVAE(VAE).eval(), cache, guided=True, ahead=ahead)
+    source = FreshClips(ClipEncoder(TinyVAE(VAE).eval(), guided=True, ahead=ahead), cache)
     held_out = source.draw(np.random.default_rng(9), 2)
     config = DiTTrainingConfig(
         loop=loop(4),

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from counting import some_clips
-from longtake.errors import ConfigError
+from longtake.errors import ConfigError, TrainingError
 from longtake.history.base import HistoryConfig
 from longtake.models.tiny_vae import TinyVAE
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.latents import ClipEncoder
 from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.plan import Machine
 from longtake.train.recipe import Recipe
@@ -29,20 +30,22 @@ def source(**changes: object) -> LongSource:
     torch.manual_seed(0)
     config = LatentCacheConfig(chunk_frames=3, height=16, width=16)
     settings = {"num_chunks": 14, "num_learned": 4, "first_learned": 6, **changes}
-    return LongSource(TinyVAE(VAE).requires_grad_(False), config, **settings)  # type: ignore[arg-type]
+    encoder = ClipEncoder(TinyVAE(VAE).requires_grad_(False))
+    return LongSource(encoder, config, **settings)  # type: ignore[arg-type]
 
 
-def test_clips_follow_the_generator_and_teach_late() -> None:
-    made = source()
-    for seed in range(3):
+@pytest.mark.parametrize(("num_learned", "num_chunks"), [(4, 14), (5, 13)])
+def test_clips_follow_the_generator_and_teach_late(num_learned: int, num_chunks: int) -> None:
+    made = source(num_learned=num_learned, num_chunks=num_chunks)
+    for seed in range(6):
         batch = made.draw(np.random.default_rng(seed), 2)
         again = made.draw(np.random.default_rng(seed), 2)
         assert torch.equal(batch.clips.latents_bfchw, again.clips.latents_bfchw)
         assert batch.learned == again.learned
-        assert sum(batch.learned) == 4
+        assert sum(batch.learned) == num_learned
         assert not any(batch.learned[:6])
         assert batch.learned[-1]
-        assert 12 < len(batch.learned) <= 14
+        assert num_chunks - 2 < len(batch.learned) <= num_chunks
         assert batch.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
         assert all(batch.clips.opens)
 
@@ -106,7 +109,7 @@ def test_a_stage_learns_from_them_alone(tmp_path: Path) -> None:
 def test_only_chunks_that_are_learned_from_count() -> None:
     made = lasting()
     draws = source(num_chunks=6, num_learned=2, first_learned=2)
-    draws = LongSource(draws.vae, draws.config.replace(chunk_frames=2), 6, 2, 2)
+    draws = LongSource(draws.encoder, draws.config.replace(chunk_frames=2), 6, 2, 2)
     module = networks(made.dit_model)
     task = DiTTask(module, HISTORY, made.windows, None, None, some_clips(), long_clips=draws)
     batch = draws.draw(np.random.default_rng(0), 2)
@@ -120,6 +123,8 @@ def test_they_are_planned_halved_and_refused() -> None:
     assert fewer is not None
     for part in ("walks", "encoding of fresh clips"):
         assert plan.flops[part] > fewer.flops[part]
+    with pytest.raises(TrainingError, match="windows.num_long_clips=1"):
+        lasting().check(("windows",), Machine("cpu", round(0.9 * plan.num_bytes)))
     with pytest.raises(ConfigError, match="rendered anew"):
         lasting(fresh_clips=False)
     with pytest.raises(ConfigError, match="num_long_chunks=4 leaves no 2 chunks"):

@@ -20,6 +20,7 @@ from longtake.stream.session import Stream
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.latents import ClipEncoder
 from longtake.train.plan import Machine
 from longtake.train.probes import MemoryReading
 from longtake.train.recall import RecallSource, longest_chunks
@@ -35,11 +36,12 @@ MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frame
 RECALLING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
 
 
-def source(chunk_frames: int = 3, size: int = 16, **changes: object) -> RecallSource:
+def source(chunk_frames: int = 3, size: int = 16, guided: bool = False, **changes: object) -> RecallSource:
     torch.manual_seed(0)
     config = LatentCacheConfig(chunk_frames=chunk_frames, height=size, width=size)
     settings = {"window_frames": 48, "absence": (1.0, 2.0), **changes}
-    return RecallSource(TinyVAE(VAE).requires_grad_(False), config, **settings)  # type: ignore[arg-type]
+    encoder = ClipEncoder(TinyVAE(VAE).requires_grad_(False), guided=guided)
+    return RecallSource(encoder, config, **settings)  # type: ignore[arg-type]
 
 
 def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> None:

@@ -22,7 +22,7 @@ from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig, excerpt
-from longtake.train.latents import Clips, FreshClips, build_cache, encode_shard, load_cache
+from longtake.train.latents import ClipEncoder, Clips, FreshClips, build_cache, encode_shard, load_cache
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.networks import TextToLatents
 from longtake.train.optim import AdamWConfig
@@ -66,7 +66,7 @@ def guided_task() -> DiTTask:
     torch.manual_seed(0)
     module = TextToLatents(TinyTextEncoder(TEXT), DiT(DIT))
     cache = LatentCacheConfig(num_latent_frames=4, chunk_frames=2, levels=(2, 3), height=32, width=32)
-    clips = FreshClips(TinyVAE(VAE).eval(), cache, guided=True)
+    clips = FreshClips(ClipEncoder(TinyVAE(VAE).eval(), guided=True), cache)
     held_out = clips.draw(np.random.default_rng(0), 2)
     config = DiTTrainingConfig(
         loop=loop(4),
@@ -305,7 +305,7 @@ def test_clips_of_turns_have_the_camera_turn_round() -> None:
 
 def test_fresh_clips_follow_from_the_generator() -> None:
     config = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(2, 3), height=16, width=16)
-    source = FreshClips(TinyVAE(VAE).eval(), config)
+    source = FreshClips(ClipEncoder(TinyVAE(VAE).eval()), config)
     one = source.draw(np.random.default_rng(5), 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as within a training step
         same = source.draw(np.random.default_rng(5), 3)

@@ -125,6 +125,63 @@ class ClipsPerStep(Config):
 
 
 @dataclass(frozen=True)
+class ClipEncoder:
+    """Renders and encodes what excerpts show.
+
+    Args:
+        vae: encodes it.
+        guided: clips come with their guide, see `train.guide`.
+        ahead: pixel frames that the guide looks ahead.
+    """
+
+    vae: TinyVAE
+    guided: bool = False
+    ahead: tuple[int, ...] = ()
+
+    @property
+    def stride(self) -> int:
+        """Pixel frames per latent frame."""
+        return self.vae.config.temporal_stride
+
+    @torch.no_grad()
+    def encode(self, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
+        """Clips of the configuration's size and of `config.num_latent_frames` latent frames."""
+        # A training step may be under autocast, which refuses to join tensors of half precision.
+        with torch.autocast("cpu", enabled=False):
+            return self._encode(excerpts, config)
+
+    def _encode(self, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
+        vae, stride, cell = self.vae, self.stride, self.vae.config.spatial_stride
+        num_frames = 1 + (config.num_latent_frames - 1) * stride
+        size = (config.height, config.width)
+        latents, foregrounds, guides = [], [], []
+        for begin in range(0, len(excerpts), _CLIPS_PER_BATCH):
+            batch = [(item.scene, item.start) for item in excerpts[begin : begin + _CLIPS_PER_BATCH]]
+            frames = np.stack([render(scene, at, at + num_frames, *size) for scene, at in batch])
+            masks = [torch.from_numpy(render_masks(scene, at, at + num_frames, *size)) for scene, at in batch]
+            if self.guided:
+                guides += [
+                    guide_of(scene, at, of_clip, stride, cell, self.ahead)
+                    for (scene, at), of_clip in zip(batch, masks, strict=True)
+                ]
+            state = vae.init_encode_state(len(batch), *size)
+            dtype = autocast_dtype("auto", vae.latent_mean.device)
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                encoded, _ = vae.encode_chunk(torch.from_numpy(frames).float().div(127.5).sub(1), state)
+            latents.append(encoded.half())
+            foreground = torch.stack([of_clip.sum(1) for of_clip in masks])
+            foregrounds.append(_pool(foreground, stride, cell))
+        return Clips(
+            torch.cat(latents),
+            torch.cat(foregrounds),
+            tuple(item.prompts for item in excerpts),
+            tuple(item.opens for item in excerpts),
+            tuple(item.scene.level for item in excerpts),
+            torch.stack(guides) if self.guided else None,
+        )
+
+
+@dataclass(frozen=True)
 class FreshClips:
     """Clips that no step has seen before, rendered and encoded when they are asked for.
 
@@ -132,75 +189,18 @@ class FreshClips:
     times learns them by heart instead (docs/experiments.md).
     """
 
-    vae: TinyVAE
+    encoder: ClipEncoder
     config: LatentCacheConfig
-    guided: bool = False
-    ahead: tuple[int, ...] = ()
 
     def draw(self, rng: np.random.Generator, count: int) -> Clips:
         """`count` clips of scenes from `first_seed` on, their levels at random."""
         seeds = self.config.first_seed + rng.integers(_NUM_FRESH_SEEDS, size=count)
         levels = rng.integers(len(self.config.levels), size=count)
-        stride = self.vae.config.temporal_stride
         excerpts = [
-            excerpt(self.config, int(seed), self.config.levels[level], stride)
+            excerpt(self.config, int(seed), self.config.levels[level], self.encoder.stride)
             for seed, level in zip(seeds, levels, strict=True)
         ]
-        return encode_clips(self.vae, excerpts, self.config, self.guided, self.ahead)
-
-
-@torch.no_grad()
-def encode_clips(
-    vae: TinyVAE,
-    excerpts: Sequence[Excerpt],
-    config: LatentCacheConfig,
-    guided: bool = False,
-    ahead: Sequence[int] = (),
-) -> Clips:
-    """Render and encode clips of `config.num_latent_frames` latent frames, `guided`: with their guide, which
-    looks so many frames `ahead`.
-    """
-    # A training step may be under autocast, which refuses to join tensors of half precision.
-    with torch.autocast("cpu", enabled=False):
-        return _encode_clips(vae, excerpts, config, guided, ahead)
-
-
-def _encode_clips(
-    vae: TinyVAE,
-    excerpts: Sequence[Excerpt],
-    config: LatentCacheConfig,
-    guided: bool,
-    ahead: Sequence[int],
-) -> Clips:
-    stride = vae.config.temporal_stride
-    num_frames = 1 + (config.num_latent_frames - 1) * stride
-    size = (config.height, config.width)
-    latents, foregrounds, guides = [], [], []
-    for begin in range(0, len(excerpts), _CLIPS_PER_BATCH):
-        batch = [(item.scene, item.start) for item in excerpts[begin : begin + _CLIPS_PER_BATCH]]
-        frames = np.stack([render(scene, at, at + num_frames, *size) for scene, at in batch])
-        masks = [torch.from_numpy(render_masks(scene, at, at + num_frames, *size)) for scene, at in batch]
-        if guided:
-            cell = vae.config.spatial_stride
-            guides += [
-                guide_of(scene, at, of_clip, stride, cell, ahead)
-                for (scene, at), of_clip in zip(batch, masks, strict=True)
-            ]
-        state = vae.init_encode_state(len(batch), *size)
-        dtype = autocast_dtype("auto", vae.latent_mean.device)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            encoded, _ = vae.encode_chunk(torch.from_numpy(frames).float().div(127.5).sub(1), state)
-        latents.append(encoded.half())
-        foreground = torch.stack([of_clip.sum(1) for of_clip in masks])
-        foregrounds.append(_pool(foreground, stride, vae.config.spatial_stride))
-    return Clips(
-        torch.cat(latents),
-        torch.cat(foregrounds),
-        tuple(item.prompts for item in excerpts),
-        tuple(item.opens for item in excerpts),
-        tuple(item.scene.level for item in excerpts),
-        torch.stack(guides) if guided else None,
-    )
+        return self.encoder.encode(excerpts, self.config)
 
 
 def encode_shard(vae: TinyVAE, config: LatentCacheConfig, shard: int) -> Clips:
@@ -212,7 +212,7 @@ def encode_shard(vae: TinyVAE, config: LatentCacheConfig, shard: int) -> Clips:
         excerpt(config, config.first_seed + index, config.levels[index % len(config.levels)], stride)
         for index in range(first, last)
     ]
-    return encode_clips(vae, excerpts, config)
+    return ClipEncoder(vae).encode(excerpts, config)
 
 
 def _pool(masks_bthw: Tensor, stride: int, cell: int) -> Tensor:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from longtake.history.base import HistoryConfig
-from longtake.models.tiny_vae import TinyVAE
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
-from longtake.train.latents import Clips, encode_clips
+from longtake.train.latents import ClipEncoder, Clips
 from longtake.world import Scene, sample_scene
 
 _NUM_SEEDS = 1 << 30
@@ -35,31 +34,23 @@ class LongSource:
     """Long clips of the training split, other ones in every step; half of them pan.
 
     Args:
-        vae: encodes them.
+        encoder: of the clips.
         config: their size, split and chunks; its number of frames and its levels do not matter.
         num_chunks: the most that a clip has; it ends with the last one that is learned from.
         num_learned: chunks that are learned from, one of every so many equal parts of those that may be.
         first_learned: the first chunk that may be: from which on something has left the window.
-        guided: with the guide, see `train.guide`.
-        ahead: pixel frames that the guide looks ahead.
     """
 
-    vae: TinyVAE
+    encoder: ClipEncoder
     config: LatentCacheConfig
     num_chunks: int
     num_learned: int
     first_learned: int
-    guided: bool = False
-    ahead: tuple[int, ...] = ()
 
     def draw(self, rng: np.random.Generator, count: int) -> LongBatch:
         """Clips that follow from the generator's state alone."""
-        edges = np.linspace(self.first_learned, self.num_chunks, self.num_learned + 1)
-        parts = rng.random(self.num_learned)
-        chosen = {
-            int(low + part * (high - low))
-            for low, high, part in zip(edges[:-1], edges[1:], parts, strict=True)
-        }
+        late = np.arange(self.first_learned, self.num_chunks)
+        chosen = {int(rng.choice(part)) for part in np.array_split(late, self.num_learned)}
         learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
         config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
         excerpts = [
@@ -71,7 +62,7 @@ class LongSource:
             )
             for _ in range(count)
         ]
-        return LongBatch(encode_clips(self.vae, excerpts, config, self.guided, self.ahead), learned)
+        return LongBatch(self.encoder.encode(excerpts, config), learned)
 
     def _excerpt(self, seed: int, num_frames: int, *, pans: bool, leaves: bool) -> Excerpt:
         """The beginning of a scene, its prompts coming into force where chunks begin.
@@ -87,7 +78,7 @@ class LongSource:
             if (len(scene.segments) == 1) == pans:
                 break
             seed += 1
-        stride = self.vae.config.temporal_stride
+        stride = self.encoder.stride
         prompts, segments = [], []
         for index, segment in enumerate(scene.segments):
             chunk = chunk_at(segment.start, self.config.chunk_frames, stride)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from longtake.models.tiny_vae import TinyVAE
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
-from longtake.train.latents import Clips, encode_clips
+from longtake.train.latents import ClipEncoder, Clips
 from longtake.world.recall import (
     RecallScene,
     glide_frames,
@@ -50,24 +49,20 @@ class RecallSource:
     """Recall scenes of the training split, other ones in every step.
 
     Args:
-        vae: encodes them.
+        encoder: of the clips.
         config: their size, split and chunks; its number of frames does not matter.
         window_frames: of the model's window, in pixel frames.
         absence: shortest and longest absence in windows; drawn once for a batch, evenly in its logarithm, and
             never shorter than the camera's way.
-        guided: with the guide, see `train.guide`.
-        ahead: pixel frames that the guide looks ahead.
         num_away: chunks that are learned from while the camera rests elsewhere, or as many as there are:
             what is remembered is not to be seen there.
         learned_share: of the other chunks that there is something to learn from, drawn for every batch.
     """
 
-    vae: TinyVAE
+    encoder: ClipEncoder
     config: LatentCacheConfig
     window_frames: int
     absence: tuple[float, float]
-    guided: bool = False
-    ahead: tuple[int, ...] = ()
     num_away: int = 0
     learned_share: float = 1.0
 
@@ -107,14 +102,14 @@ class RecallSource:
             self._chunk_at(start)
             for start in (scenes[0].shown_from, scenes[0].away_from, scenes[0].back_from)
         )
-        leaving = _leaving_chunks(self.config.chunk_frames * self.vae.config.temporal_stride, aspect)
+        leaving = _leaving_chunks(self.config.chunk_frames * self.encoder.stride, aspect)
         chunks = range(num_chunks)
         silent = range(away + leaving, back)
         moving = [*range(shown, shown + _NUM_SHOWING), *range(away, away + leaving), *range(back, num_chunks)]
         learned = set(_some(rng, moving, math.ceil(self.learned_share * len(moving))))
         learned |= set(_some(rng, silent, self.num_away))
         return RecallBatch(
-            encode_clips(self.vae, excerpts, config, self.guided, self.ahead),
+            self.encoder.encode(excerpts, config),
             learned=tuple(chunk in learned for chunk in chunks),
             shown_frame=away * config.chunk_frames - 1,
             unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
@@ -122,10 +117,10 @@ class RecallSource:
 
     def _boundary(self, frame: int) -> int:
         """First pixel frame of the first chunk that begins at or after a frame."""
-        return chunk_start(self._chunk_at(frame), self.config.chunk_frames, self.vae.config.temporal_stride)
+        return chunk_start(self._chunk_at(frame), self.config.chunk_frames, self.encoder.stride)
 
     def _chunk_at(self, frame: int) -> int:
-        return chunk_at(frame, self.config.chunk_frames, self.vae.config.temporal_stride)
+        return chunk_at(frame, self.config.chunk_frames, self.encoder.stride)
 
 
 def _some(rng: np.random.Generator, chunks: Sequence[int], count: int) -> Sequence[int]:

@@ -22,7 +22,15 @@ from longtake.train.dmd_config import DMDConfig
 from longtake.train.evictions import EvictionsConfig, EvictionsTask, batch_paths, build_evictions
 from longtake.train.excerpts import LatentCacheConfig, captions_of
 from longtake.train.fit import this_machine
-from longtake.train.latents import Clips, ClipSource, ClipsPerStep, FreshClips, build_cache, load_cache
+from longtake.train.latents import (
+    ClipEncoder,
+    Clips,
+    ClipSource,
+    ClipsPerStep,
+    FreshClips,
+    build_cache,
+    load_cache,
+)
 from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
@@ -218,10 +226,11 @@ def _train_memory_alone(
     config, module, history = recipe.evictions, networks.text_to_latents, recipe.stream.history
     module.requires_grad_(False)
     vae, stride = networks.require_vae(), recipe.vae_model.temporal_stride
+    encoder = ClipEncoder(vae, guided=True)
     walked = {name: t for name, t in module.state_dict().items() if not name.startswith("dit.memory.")}
     assert history.window_frames is not None, "checked before"
     sources = {
-        name: (RecallSource(vae, like, history.window_frames * stride, config.absence, True), count)
+        name: (RecallSource(encoder, like, history.window_frames * stride, config.absence), count)
         for name, like, count in (
             ("train", recipe.latents, config.num_batches),
             ("held-out", recipe.held_out, config.num_held_out_batches),
@@ -260,20 +269,26 @@ def _parent(recipe: Recipe) -> TextToLatents:
     return TextToLatents(text, dit).requires_grad_(False)
 
 
+def _encoder(networks: _Networks, config: ClipsPerStep) -> ClipEncoder:
+    """Of a stage's fresh clips, with what its guide asks for."""
+    vae = networks.require_vae()
+    if not isinstance(config, DiTTrainingConfig):
+        return ClipEncoder(vae)
+    return ClipEncoder(vae, config.guided, config.guide_ahead)
+
+
 def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> RecallSource | None:
     window = recipe.stream.history.window_frames
     if config.num_recall_clips == 0:
         return None
     assert window is not None, "checked before"
     return RecallSource(
-        networks.require_vae(),
+        _encoder(networks, config),
         recipe.latents,
         window * recipe.vae_model.temporal_stride,
         config.recall_absence,
-        config.guided,
-        config.guide_ahead,
-        config.recall_away_chunks,
-        config.recall_learned_share,
+        num_away=config.recall_away_chunks,
+        learned_share=config.recall_learned_share,
     )
 
 
@@ -281,13 +296,11 @@ def _long_clips(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) 
     if config.num_long_clips == 0:
         return None
     return LongSource(
-        networks.require_vae(),
+        _encoder(networks, config),
         recipe.latents,
         config.num_long_chunks,
         config.num_long_learned,
         first_late_chunk(recipe.stream.history),
-        config.guided,
-        config.guide_ahead,
     )
 
 
@@ -332,15 +345,13 @@ def _load_clips(
     """First chunks and whole clips, where the stage reads any, and held-out clips."""
     chunk_frames = recipe.stream.history.chunk_frames
     num_frames = config.num_chunks * chunk_frames
-    guided = isinstance(config, DiTTrainingConfig) and config.guided
-    ahead = config.guide_ahead if isinstance(config, DiTTrainingConfig) else ()
 
     def source(name: str, count: int, frames: int) -> ClipSource | None:
         if count == 0:
             return None
         if config.fresh_clips:
             like: LatentCacheConfig = getattr(recipe, name)
-            return FreshClips(networks.require_vae(), like.replace(num_latent_frames=frames), guided, ahead)
+            return FreshClips(_encoder(networks, config), like.replace(num_latent_frames=frames))
         return load_cache(out / name, frames)
 
     return (
