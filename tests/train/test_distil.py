@@ -14,7 +14,7 @@ from longtake.errors import ConfigError, PromptError, TrainingError
 from longtake.io.checkpoints import from_own, read_weights, write_safetensors
 from longtake.models.dit import DiT
 from longtake.models.memory import MemoryEncoderConfig
-from longtake.recipes import WAN_NEGATIVE_PROMPT, wan_1_3b_dmd, wan_1_3b_echo_long
+from longtake.recipes.wan import WAN_NEGATIVE_PROMPT, wan_1_3b_dmd, wan_1_3b_echo_long
 from longtake.train.distil import UNTRAINED, DistillationRecipe, distil
 from longtake.train.loop import STOPPED_EARLY
 from longtake.train.lora import LoRAConfig
