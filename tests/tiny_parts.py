@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
+from longtake.history.compression import AverageConfig
 from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
+from longtake.history.retention import MostAttendedConfig
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import Pipeline, StreamConfig
+from longtake.stream.state import Chunk
 
 GRID = (2, 3)
 LATENT = LatentConfig(kv_rank=(8, 10), query_rank=16, nope_dim=6, rope_bands=(1, 1, (1,)))
@@ -132,3 +137,31 @@ def small_pipeline(
     for module in (dit, vae, text):
         module.requires_grad_(False)
     return Pipeline(dit, vae, text, config)
+
+
+STREAM_SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"positions": Relative(f_max=6)},
+    {"positions": Relative(f_max=9), "sink_frames": 3, "window_frames": 8, "chunk_frames": 3},
+    {"guidance": 2.0},
+    {"sink_frames": 0, "window_frames": 3},
+    {"opening": (1000, 800, 600, 400, 200)},
+    {"opening": (1000, 700, 300), "guidance": 1.5, "temperature": 0.5},
+    {"temperature": 0.7},
+    {"temperature": (1.0, 0.4)},
+    {"opening_guidance": 3.0},
+    {"opening_guidance": 3.0, "guidance": 1.5, "positions": Relative(f_max=6)},
+    {"policy": EvolvingConfig(), "positions": Relative(f_max=10)},
+    {"policy": MostAttendedConfig(num_frames=1), "positions": Relative(f_max=8)},
+    {"policy": AverageConfig(decays=(0.5,)), "guidance": 1.5},
+    {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
+]
+"""Changes of `small_pipeline` that between them reach every way in which a stream goes on."""
+
+
+def assert_same(a: Chunk, b: Chunk) -> None:
+    """Bit for bit."""
+    assert torch.equal(a.latents, b.latents)
+    assert (a.index, a.prompt, a.first_frame) == (b.index, b.prompt, b.first_frame)
+    assert a.frames is not None
+    np.testing.assert_array_equal(a.frames, b.frames)

@@ -1,16 +1,22 @@
 """Toy configurations and networks shared by the tests of training."""
 
+import copy
+
 import torch
 
 import model_file
 from longtake.diffusion.flow import Schedule
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
+from longtake.models.memory import MemoryEncoderConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.pipeline import StreamConfig
 from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.layers import LayersConfig
@@ -18,7 +24,7 @@ from longtake.train.loop import LoopConfig
 from longtake.train.networks import TextToLatents
 from longtake.train.recipe import Recipe
 from longtake.train.trajectory import TrajectoryConfig
-from longtake.train.vae import VAETrainingConfig
+from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import WORDS
 
 TEXT = TinyTextConfig(words=WORDS, width=16, num_layers=1, num_heads=2)
@@ -32,6 +38,9 @@ DIT = model_file.DIT.replace(
 )
 VAE = model_file.VAE
 HISTORY = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=4))
+MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frames=1, num_layers=1)
+REMEMBERING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
+SCHEDULE = Schedule(steps=(1000, 600, 300), shift=2.0)
 
 
 def loop(num_steps: int, seed: int = 3) -> LoopConfig:
@@ -51,6 +60,21 @@ def networks(dit: DiTConfig = DIT) -> TextToLatents:
         if "head.head" in name or "modulation" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return made
+
+
+def dmd_task(schedule: Schedule = SCHEDULE, **settings: object) -> DMDTask:
+    """Distribution matching whose three networks begin alike."""
+    student = networks()
+    config = DMDConfig(loop=loop(4), num_clips=3, num_chunks=3).replace(**settings)
+    shape = (4, 4, 4)
+    return DMDTask(student, copy.deepcopy(student), HISTORY, schedule, config, CAPTIONS, CAPTIONS[:2], shape)
+
+
+def vae_task() -> VAETask:
+    """Reconstruction of two clips of 16x16 pixels."""
+    torch.manual_seed(0)
+    config = VAETrainingConfig(loop=loop(4), num_clips=2, num_latent_frames=2, height=16, width=16)
+    return VAETask(TinyVAE(VAE), config)
 
 
 def recipe() -> Recipe:

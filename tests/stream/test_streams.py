@@ -4,49 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from longtake.diffusion.flow import Schedule
 from longtake.diffusion.sampler import chunk_noise
-from longtake.errors import ConfigError, HistoryError, PromptError, SnapshotError
-from longtake.history.compression import AverageConfig
+from longtake.errors import ConfigError, HistoryError, PromptError
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Absolute, Relative
-from longtake.history.retention import MostAttendedConfig
-from longtake.io.checkpoints import read_safetensors, write_safetensors
-from longtake.stream.bundle import load_model
 from longtake.stream.engine import Engine
 from longtake.stream.pipeline import Pipeline, StreamConfig
 from longtake.stream.session import Stream
-from longtake.stream.snapshot import FORMAT
 from longtake.stream.state import Chunk, PromptSwitch
-from model_file import write_model
-from tiny_parts import MEMORY, small_dit, small_pipeline
-
-SETTINGS: list[dict[str, Any]] = [
-    {},
-    {"positions": Relative(f_max=6)},
-    {"positions": Relative(f_max=9), "sink_frames": 3, "window_frames": 8, "chunk_frames": 3},
-    {"guidance": 2.0},
-    {"sink_frames": 0, "window_frames": 3},
-    {"opening": (1000, 800, 600, 400, 200)},
-    {"opening": (1000, 700, 300), "guidance": 1.5, "temperature": 0.5},
-    {"temperature": 0.7},
-    {"temperature": (1.0, 0.4)},
-    {"opening_guidance": 3.0},
-    {"opening_guidance": 3.0, "guidance": 1.5, "positions": Relative(f_max=6)},
-    {"policy": EvolvingConfig(), "positions": Relative(f_max=10)},
-    {"policy": MostAttendedConfig(num_frames=1), "positions": Relative(f_max=8)},
-    {"policy": AverageConfig(decays=(0.5,)), "guidance": 1.5},
-    {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
-]
+from tiny_parts import MEMORY, STREAM_SETTINGS, assert_same, small_dit, small_pipeline
 
 
 def play(pipeline: Pipeline, chunks: int, prompt: str = "a red ball", seed: int = 3) -> list[Chunk]:
@@ -61,13 +34,6 @@ def assert_close(a: Chunk, b: Chunk) -> None:
     # Rounding to bytes may fall on either side.
     assert a.frames.shape == b.frames.shape
     assert int(np.abs(a.frames.astype(int) - b.frames.astype(int)).max()) <= 1
-
-
-def assert_same(a: Chunk, b: Chunk) -> None:
-    assert torch.equal(a.latents, b.latents)
-    assert (a.index, a.prompt, a.first_frame) == (b.index, b.prompt, b.first_frame)
-    assert a.frames is not None
-    np.testing.assert_array_equal(a.frames, b.frames)
 
 
 def test_chunks_follow_each_other() -> None:
@@ -89,7 +55,7 @@ def test_seed_prompt_and_repeat() -> None:
     assert not torch.equal(first[0].latents, play(pipeline, 1, prompt="a blue ball")[0].latents)
 
 
-@pytest.mark.parametrize("changes", SETTINGS)
+@pytest.mark.parametrize("changes", STREAM_SETTINGS)
 def test_batches_equal_solo_runs_joining_and_leaving(changes: dict[str, Any]) -> None:
     pipeline = small_pipeline(**changes)
     solo = {name: play(pipeline, 9, name, seed) for seed, name in enumerate(("one", "two", "three", "four"))}
@@ -227,7 +193,7 @@ def test_temperatures_fit_the_steps() -> None:
     assert small_pipeline(temperature=0.5).with_sampler(num_steps=3).config.temperature == 0.5
 
 
-@pytest.mark.parametrize("changes", SETTINGS)
+@pytest.mark.parametrize("changes", STREAM_SETTINGS)
 @pytest.mark.parametrize("sink", ["keep", "reencode", "drop"])
 @pytest.mark.parametrize("window", ["keep", "reencode"])
 @pytest.mark.parametrize("at", [0, 1, 4])
@@ -287,49 +253,6 @@ def test_the_last_of_two_switches_counts_and_an_unusable_one_does_not() -> None:
     assert_same(next(stream), next(other))
 
 
-@settings(max_examples=12, deadline=None)
-@given(
-    changes=st.sampled_from(SETTINGS),
-    before=st.integers(0, 6),
-    switch=st.sampled_from([None, "keep", "reencode", "drop"]),
-    pending=st.booleans(),
-)
-def test_resume_is_bit_identical(
-    tmp_path_factory: pytest.TempPathFactory, changes: dict[str, Any], before: int, switch: Any, pending: bool
-) -> None:
-    pipeline = small_pipeline(**changes)
-    path = tmp_path_factory.mktemp("snapshot") / "stream.safetensors"
-    stream = Stream(pipeline, "a red ball", 11)
-    for index in range(before):
-        if switch is not None and index == 2:
-            stream.set_prompt("green square", sink=switch)
-        next(stream)
-    if pending:
-        stream.set_prompt("yellow", sink="reencode")
-    stream.snapshot(path)
-    branch = stream.branch()
-    expected = [next(stream) for _ in range(4)]
-    resumed = Stream.restore(path, small_pipeline(**changes))
-    resumed.engine.history.check_integrity()
-    for chunk in expected:
-        assert_same(next(resumed), chunk)
-        assert_same(next(branch), chunk)
-
-
-@pytest.mark.parametrize("guidance", [None, 1.5])
-def test_resume_of_the_real_networks_is_bit_identical(tmp_path: Path, guidance: float | None) -> None:
-    """The small autoencoder runs channels-last, which a file does not keep."""
-    model = str(write_model(tmp_path / "model.safetensors", guidance=guidance))
-    stream = Stream(load_model(model).pipeline, "a red circle", 5)
-    for _ in range(3):
-        next(stream)
-    path = str(tmp_path / "stream.longtake")
-    stream.snapshot(path)
-    resumed = Stream.restore(path, load_model(model).pipeline)
-    for chunk in [next(stream) for _ in range(2)]:
-        assert_same(next(resumed), chunk)
-
-
 @pytest.mark.parametrize("sink", ["keep", "drop"])
 def test_the_negative_branch_forgets_what_the_positive_one_does(sink: Any) -> None:
     stream = Stream(small_pipeline(guidance=2.0), "a red ball", 3)
@@ -340,50 +263,6 @@ def test_the_negative_branch_forgets_what_the_positive_one_does(sink: Any) -> No
         own, negative = (stream.engine.history.record(slot) for slot in stream.state.slots)
         assert (own.sink, own.local) == (negative.sink, negative.local)
     assert own.sink == ([0, 1] if sink == "keep" else [5, 6])
-
-
-def test_snapshots_refuse_what_does_not_fit(tmp_path: Path) -> None:
-    path = tmp_path / "stream.safetensors"
-    stream = Stream(small_pipeline(), "a red ball")
-    next(stream)
-    stream.snapshot(path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["stream.safetensors"], "nothing partial is left"
-    with pytest.raises(SnapshotError, match="made with weights"):
-        Stream.restore(path, small_pipeline(seed=1))
-    with pytest.raises(SnapshotError, match=r"config\.history\.sink_frames was 2, is 1"):
-        Stream.restore(path, small_pipeline(sink_frames=1))
-    with pytest.raises(SnapshotError, match=r"config\.guidance was null, is 3\.0"):
-        Stream.restore(path, small_pipeline(guidance=3.0))
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(SnapshotError, match="damaged"):
-        Stream.restore(damaged, small_pipeline())
-    plain = tmp_path / "plain.safetensors"
-    write_safetensors(plain, {"x": torch.zeros(1)}, {})
-    with pytest.raises(SnapshotError, match="no snapshot"):
-        Stream.restore(plain, small_pipeline())
-    with pytest.raises(SnapshotError, match="absent"):
-        stream.snapshot(tmp_path / "absent" / "stream.safetensors")
-    tensors, metadata = read_safetensors(path)
-    write_safetensors(
-        plain,
-        tensors,
-        {name: text.replace(f'"format": {FORMAT}', '"format": 9') for name, text in metadata.items()},
-    )
-    with pytest.raises(SnapshotError, match="format 9"):
-        Stream.restore(plain, small_pipeline())
-
-
-def test_another_thread_count_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "stream.safetensors"
-    Stream(small_pipeline(), "a red ball").snapshot(path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        with pytest.warns(UserWarning, match="not bit for bit"):
-            Stream.restore(path, small_pipeline())
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_misuse_is_told() -> None:
@@ -436,7 +315,7 @@ def test_unlimited_windows_declare_their_length() -> None:
         next(stream)
 
 
-@pytest.mark.parametrize("changes", SETTINGS)
+@pytest.mark.parametrize("changes", STREAM_SETTINGS)
 def test_the_kept_latents_are_those_of_the_frames_held(changes: dict[str, Any]) -> None:
     """What a prompt switch encodes again, through growth, evictions and a dropped sink that refills."""
     pipeline = small_pipeline(**changes)

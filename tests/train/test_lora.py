@@ -11,21 +11,16 @@ from torch import nn
 
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
-from longtake.history.evolving import EvolvingConfig
-from longtake.history.positions import Relative
 from longtake.models.latent_config import LatentConfig
-from longtake.models.memory import MemoryEncoderConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.lora import LoRAConfig, LowRankLinear, add_lora, merge_lora
 from longtake.train.networks import TextToLatents
-from toy_training import CAPTIONS, DIT, HISTORY, loop, networks
+from toy_training import CAPTIONS, DIT, MEMORY, REMEMBERING, loop, networks
 
 LORA = LoRAConfig(rank=4, scale=0.5)
-MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frames=1, num_layers=1)
 SCHEDULE = Schedule(steps=(1000, 500), shift=1.0)
-REMEMBERING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
 
 
 def task(module: TextToLatents) -> DMDTask:

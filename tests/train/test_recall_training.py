@@ -13,7 +13,6 @@ from longtake.errors import ConfigError, TrainingError
 from longtake.eval.script import Chunking
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
-from longtake.models.memory import MemoryEncoderConfig
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
@@ -29,11 +28,9 @@ from longtake.train.run import train
 from longtake.train.walk import Walk
 from longtake.world import parse_caption
 from longtake.world.vocabulary import OBJECT_RGB
-from toy_training import CAPTIONS, DIT, HISTORY, VAE, loop, networks, recipe
+from toy_training import CAPTIONS, DIT, HISTORY, MEMORY, REMEMBERING, VAE, loop, networks, recipe
 
 PLENTY = Machine("cpu", 10**15)
-MEMORY = MemoryEncoderConfig(width=24, num_heads=2, rows=1, columns=1, num_frames=1, num_layers=1)
-RECALLING = HISTORY.replace(policy=EvolvingConfig(), positions=Relative(f_max=5))
 
 
 def source(chunk_frames: int = 3, size: int = 16, guided: bool = False, **changes: object) -> RecallSource:
@@ -90,7 +87,7 @@ def test_what_is_to_come_back_is_seen_in_one_frame_and_in_no_unseen_chunk() -> N
 def test_the_memory_is_read_while_what_is_to_come_back_is_away() -> None:
     made = remembering(memory_guide_weight=0.5, context_noise=0.0)
     memory = MEMORY.replace(rows=2, columns=2, num_frames=2)
-    history = RECALLING.replace(positions=Relative(f_max=6))
+    history = REMEMBERING.replace(positions=Relative(f_max=6))
     module = networks(DIT.replace(memory=memory))
     draws = source(chunk_frames=2, size=32, guided=True)
     task = DiTTask(module, history, made.memory, None, None, some_clips(), recall=draws)
@@ -156,7 +153,7 @@ def test_no_batch_is_longer_than_planned(absence: tuple[float, float], num_away:
 def test_commits_that_learn_nothing_still_teach_the_memory() -> None:
     """What left long ago reaches the loss through the chain of updates alone."""
     module = networks(DIT.replace(memory=MEMORY))
-    walk = Walk(module.dit, RECALLING, module.encode(CAPTIONS), 3, 4, 4)
+    walk = Walk(module.dit, REMEMBERING, module.encode(CAPTIONS), 3, 4, 4)
     generator = torch.Generator().manual_seed(1)
     for _ in range(6):
         walk.commit(torch.randn(3, 2, 4, 4, 4, generator=generator), learns=False)
@@ -171,7 +168,7 @@ def test_commits_that_learn_nothing_still_teach_the_memory() -> None:
     history = [torch.randn(3, 2, 4, 4, 4, generator=generator) for _ in range(2)]
     grads = []
     for learns in (False, True):
-        learned = Walk(module.dit, RECALLING, module.encode(CAPTIONS), 3, 4, 4)
+        learned = Walk(module.dit, REMEMBERING, module.encode(CAPTIONS), 3, 4, 4)
         for chunk in history:
             learned.commit(chunk, learns=learns)
         module.zero_grad()
@@ -197,14 +194,14 @@ def remembering(**memory: object) -> Recipe:
     return made.replace(
         stages=("vae", "latents", "memory", "export"),
         dit_model=DIT.replace(memory=MEMORY),
-        stream=made.stream.replace(history=RECALLING),
+        stream=made.stream.replace(history=REMEMBERING),
         memory=DiTTrainingConfig(**settings),  # type: ignore[arg-type]
     )
 
 
 def with_policy(policy: EvolvingConfig) -> Recipe:
     made = remembering()
-    return made.replace(stream=made.stream.replace(history=RECALLING.replace(policy=policy)))
+    return made.replace(stream=made.stream.replace(history=REMEMBERING.replace(policy=policy)))
 
 
 def test_the_stage_trains_the_memory_and_exports_a_model_that_streams_with_it(tmp_path: Path) -> None:
@@ -277,7 +274,7 @@ def test_recall_clips_are_planned_and_halved() -> None:
         (lambda: with_policy(EvolvingConfig(source_layer=9)), "source_layer=9"),
         (
             lambda: remembering().replace(
-                stream=recipe().stream.replace(history=RECALLING.replace(positions=Relative(f_max=4)))
+                stream=recipe().stream.replace(history=REMEMBERING.replace(positions=Relative(f_max=4)))
             ),
             "do not fit f_max=4",
         ),

@@ -21,17 +21,16 @@ from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
-from longtake.train.excerpts import LatentCacheConfig, excerpt
-from longtake.train.latents import ClipEncoder, Clips, FreshClips, build_cache, encode_shard, load_cache
+from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.latents import ClipEncoder, Clips, FreshClips
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.networks import TextToLatents
 from longtake.train.optim import AdamWConfig
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
-from longtake.train.vae import VAETask, VAETrainingConfig, cut_clips
-from longtake.world import render_masks
-from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks, recipe
+from longtake.train.vae import VAETask
+from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks, recipe, vae_task
 
 
 def dit_task(seed: int = 0) -> DiTTask:
@@ -42,12 +41,6 @@ def dit_task(seed: int = 0) -> DiTTask:
     clips = Clips(latents, torch.rand(6, 6, 4, 4).half(), prompts, (True,) * 6, (1,) * 6)
     config = DiTTrainingConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3)
     return DiTTask(module, HISTORY, config, clips, clips, clips)
-
-
-def vae_task() -> VAETask:
-    torch.manual_seed(0)
-    config = VAETrainingConfig(loop=loop(4), num_clips=2, num_latent_frames=2, height=16, width=16)
-    return VAETask(TinyVAE(VAE), config)
 
 
 def guided_vae_task() -> VAETask:
@@ -125,84 +118,9 @@ def test_an_interrupted_run_equals_an_uninterrupted_one(tmp_path: Path, make: ty
         assert torch.equal(tensor, second.module.state_dict()[name]), name
 
 
-def test_jumps_from_frame_to_frame_can_be_trained_away() -> None:
-    """Weight on differences moves no optimum, but an error that flickers costs more than one that stays."""
-    task = vae_task()
-    plain, _ = task.loss(0, 0.0)
-    weighted = VAETask(task.vae, task.config.replace(difference_weight=2.0))
-    loss, _ = weighted.loss(0, 0.0)
-    assert float(loss.detach()) > float(plain.detach())
-
-
-def test_small_jumps_count_where_they_count_absolutely() -> None:
-    task = vae_task()
-    weighted = [
-        VAETask(task.vae, task.config.replace(difference_weight=1.0, absolute_difference_weight=weight))
-        for weight in (0.0, 1.0)
-    ]
-    squared, absolute = (float(each.loss(0, 0.0)[0].detach()) for each in weighted)
-    assert absolute > squared
-
-
-def test_scenes_are_cut_where_latent_frames_begin() -> None:
-    clips = torch.arange(6.0).view(6, 1, 1, 1, 1).expand(6, 13, 2, 2, 3)
-    cut = cut_clips(clips, 1.0, 4, torch.Generator().manual_seed(0))[..., 0, 0, 0]
-    begins = [int((row == row[0]).sum()) for row in cut]
-    assert set(begins) <= {1, 5, 9}
-    assert len(set(begins)) > 1
-    assert all(float(row[0]) == i and float(row[-1]) == (i - 1) % 6 for i, row in enumerate(cut))
-    assert torch.equal(cut_clips(clips, 0.0, 4, torch.Generator()), clips)
-
-
-@pytest.mark.parametrize("changes", [{"guide_weight": 1.0}, {"num_clips": 1}])
-def test_cuts_that_nothing_could_tell_of_are_refused(changes: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=r"cut_share=0\.5 with guide_weight"):
-        VAETrainingConfig(cut_share=0.5).replace(**changes)
-
-
 def test_a_sink_that_a_batch_cannot_drop_is_refused() -> None:
     with pytest.raises(ConfigError, match='switch.sink="drop"'):
         DiTTrainingConfig(switch=PromptSwitch(text="", sink="drop"))
-
-
-def test_the_decoder_learns_what_to_carry_on() -> None:
-    torch.manual_seed(0)
-    vae = TinyVAE(VAE.replace(fine_mixes=True, carries_pixels=True))
-    config = VAETrainingConfig(
-        loop=loop(1),
-        num_clips=2,
-        num_latent_frames=3,
-        height=32,
-        width=32,
-        learns="decoder",
-        cut_share=0.5,
-    )
-    task = VAETask(vae, config)
-    loss, _ = task.loss(0, 0.0)
-    loss.backward()
-    assert vae.decoder.carry is not None
-    gradients = [parameter.grad for parameter in vae.decoder.carry.parameters()]
-    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
-    assert all(parameter.grad is None for parameter in vae.encoder.parameters())
-
-
-def test_details_learn_alone(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    vae = TinyVAE(VAE.replace(fine_mixes=True, carries_pixels=True, detail_width=8))
-    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
-    config = VAETrainingConfig(
-        loop=loop(3), num_clips=2, num_latent_frames=3, height=32, width=32, learns="details"
-    )
-    run(VAETask(vae, config), config.loop, tmp_path)
-    for name, tensor in vae.state_dict().items():
-        assert torch.equal(tensor, before[name]) != name.startswith("decoder.details."), name
-
-
-def test_details_that_a_decoder_lacks_are_refused_before_training(tmp_path: Path) -> None:
-    detailed = recipe().replace(decoder=recipe().decoder.replace(learns="details"))
-    with pytest.raises(ConfigError, match='learns="details".*set vae_model.detail_width'):
-        train(detailed, tmp_path, ["vae", "decoder"])
-    assert not (tmp_path / "vae").exists()
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(tmp_path: Path) -> None:
@@ -238,85 +156,6 @@ def test_gradients_flow_through_the_committed_history() -> None:
     assert (gradient[:, 0].flatten(1).abs().sum(1) > 0).all()  # the sink frame, read three chunks later
 
 
-def test_clips_are_encoded_where_their_objects_are() -> None:
-    config = LatentCacheConfig(num_clips=2, clips_per_shard=2, num_latent_frames=3)
-    clips = encode_shard(TinyVAE(VAE).eval(), config, 0)
-    assert clips.latents_bfchw.shape == (2, 3, 4, 8, 8)
-    shown = excerpt(config, 1, 1, 4)
-    scene, start = shown.scene, shown.start
-    assert clips.captions[1] == scene.caption
-    mask = torch.from_numpy(render_masks(scene, start + 1, start + 5).sum(1))  # frames of latent frame 1
-    cells = mask.unfold(1, 8, 8).unfold(2, 8, 8).amax(dim=(0, 3, 4))
-    torch.testing.assert_close(clips.foreground_bfhw[1, 1].float(), cells, atol=1e-3, rtol=0)
-
-
-def test_prompts_switch_where_chunks_begin_and_where_the_scene_does() -> None:
-    config = LatentCacheConfig(num_latent_frames=21, chunk_frames=3)
-    shown = [excerpt(config, seed, 3, 4) for seed in range(60)]
-    switches = [item for item in shown if len(item.prompts) > 1]
-    assert len(switches) > 15
-    for item in switches:
-        (_, before), (latent, after) = item.prompts
-        assert latent % 3 == 0
-        frame = item.start + 1 + 4 * (latent - 1)
-        (_, first), (at, second), *later = item.scene.captions
-        assert (at, first, second) == (frame, before, after)
-        assert all(start >= item.start + 81 for start, _ in later)
-    pans = [item for item in shown if item.scene.segments[0].camera.panning]
-    assert {item.start == 0 for item in pans} == {True, False}
-    assert all(item.opens == (item.start == 0) for item in pans)
-    short = config.replace(num_latent_frames=3)
-    assert all(
-        excerpt(short.replace(turns=turns), seed, 3, 4).opens for seed in range(20) for turns in (0.0, 1.0)
-    )
-
-
-def test_a_favoured_motion_is_drawn_twice() -> None:
-    plain = LatentCacheConfig(num_latent_frames=21)
-    favours = plain.replace(favoured_motion="orbiting")
-
-    def orbits(config: LatentCacheConfig) -> list[bool]:
-        scenes = (excerpt(config, seed, 1, 4).scene for seed in range(200))
-        return [scene.segments[0].objects[0].motion == "orbiting" for scene in scenes]
-
-    once, twice = orbits(plain), orbits(favours)
-    assert all(second for first, second in zip(once, twice, strict=True) if first)
-    share = sum(once) / 200
-    assert abs(sum(twice) / 200 - (1 - (1 - share) ** 2)) < 0.08
-    kept = next(seed for seed in range(200) if once[seed])
-    assert excerpt(favours, kept, 1, 4) == excerpt(plain, kept, 1, 4)
-
-
-def test_clips_of_turns_have_the_camera_turn_round() -> None:
-    config = LatentCacheConfig(num_latent_frames=21, chunk_frames=3, turns=1.0)
-    shown = [excerpt(config, seed, 3, 4) for seed in range(60)]
-    pans = [item for item in shown if item.scene.segments[0].camera.panning]
-    ends = set()
-    for item in pans:
-        camera = item.scene.segments[0].camera
-        offsets = camera.offsets(np.arange(item.start, item.start + 81))
-        (turns,) = np.nonzero(np.diff(np.sign(np.diff(offsets))))
-        assert len(turns) in (1, 2)  # a step that holds the turn itself may have either sign
-        assert 18 <= turns[0] <= 62
-        ends.add(offsets[turns[0]] > camera.travel / 2)
-        assert not item.opens
-    assert ends == {True, False}
-
-
-def test_fresh_clips_follow_from_the_generator() -> None:
-    config = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(2, 3), height=16, width=16)
-    source = FreshClips(ClipEncoder(TinyVAE(VAE).eval()), config)
-    one = source.draw(np.random.default_rng(5), 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as within a training step
-        same = source.draw(np.random.default_rng(5), 3)
-    assert torch.equal(one.latents_bfchw, same.latents_bfchw)
-    assert one.prompts == same.prompts
-    assert set(one.levels) <= {2, 3}
-    rng = np.random.default_rng(5)
-    first, second = source.draw(rng, 3), source.draw(rng, 3)
-    assert not torch.equal(first.latents_bfchw, second.latents_bfchw)
-
-
 def test_a_chunk_that_no_prompt_tells_is_not_trained() -> None:
     task = dit_task()
     torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
@@ -338,21 +177,6 @@ def test_a_switched_prompt_changes_the_chunks_from_there_on() -> None:
         losses.append([float(part.detach()) for part, _, _ in parts])
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]
-
-
-def test_a_cache_belongs_to_its_encoder(tmp_path: Path) -> None:
-    config = LatentCacheConfig(num_clips=3, clips_per_shard=2, num_latent_frames=2, height=16, width=16)
-    vae = TinyVAE(VAE).eval()
-    build_cache(vae, config, tmp_path, "one")
-    clips = load_cache(tmp_path)
-    assert len(clips) == 3
-    assert load_cache(tmp_path, 1).latents_bfchw.shape[1] == 1
-    with pytest.raises(TrainingError, match="another folder"):
-        build_cache(vae, config, tmp_path, "two")
-    with pytest.raises(TrainingError, match="num_latent_frames=3"):
-        load_cache(tmp_path, 3)
-    with pytest.raises(TrainingError, match="caches latents first"):
-        load_cache(tmp_path / "nowhere")
 
 
 def test_a_recipe_runs_from_nothing_to_a_model_that_streams(tmp_path: Path) -> None:
