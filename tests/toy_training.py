@@ -19,10 +19,12 @@ from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.latents import ClipEncoder
 from longtake.train.layers import LayersConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.networks import TextToLatents
 from longtake.train.recipe import Recipe
+from longtake.train.rendering import ClipRenderer
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import WORDS
@@ -60,6 +62,17 @@ def networks(dit: DiTConfig = DIT) -> TextToLatents:
         if "head.head" in name or "modulation" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return made
+
+
+def renderer(**settings: object) -> ClipRenderer:
+    """Of clips for the toy autoencoder."""
+    return ClipRenderer(VAE.temporal_stride, VAE.spatial_stride, **settings)  # type: ignore[arg-type]
+
+
+def clip_encoder() -> ClipEncoder:
+    """A random autoencoder, always the same one."""
+    torch.manual_seed(0)
+    return ClipEncoder(TinyVAE(VAE).eval().requires_grad_(False))
 
 
 def dmd_task(schedule: Schedule = SCHEDULE, **settings: object) -> DMDTask:

@@ -9,9 +9,9 @@ import torch
 from longtake.errors import TrainingError
 from longtake.models.tiny_vae import TinyVAE
 from longtake.train.excerpts import LatentCacheConfig, excerpt
-from longtake.train.latents import ClipEncoder, FreshClips, build_cache, encode_shard, load_cache
+from longtake.train.latents import FreshClips, build_cache, encode_shard, load_cache
 from longtake.world import render_masks
-from toy_training import VAE
+from toy_training import VAE, clip_encoder, renderer
 
 
 def test_clips_are_encoded_where_their_objects_are() -> None:
@@ -81,15 +81,19 @@ def test_clips_of_turns_have_the_camera_turn_round() -> None:
 
 def test_fresh_clips_follow_from_the_generator() -> None:
     config = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(2, 3), height=16, width=16)
-    source = FreshClips(ClipEncoder(TinyVAE(VAE).eval()), config)
-    one = source.draw(np.random.default_rng(5), 3)
+    source, encoder = FreshClips(renderer(), config), clip_encoder()
+    drawn, again = (source.draw(np.random.default_rng(5), 3) for _ in range(2))
+    assert torch.equal(drawn.frames_bthwc, again.frames_bthwc)
+    one = encoder.encode(drawn)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as within a training step
-        same = source.draw(np.random.default_rng(5), 3)
+        same = encoder.encode(again)
     assert torch.equal(one.latents_bfchw, same.latents_bfchw)
-    assert one.prompts == same.prompts
+    assert one.prompts == same.prompts == drawn.prompts
     assert set(one.levels) <= {2, 3}
+    assert encoder.encode(one) is one
     rng = np.random.default_rng(5)
-    first, second = source.draw(rng, 3), source.draw(rng, 3)
+    first, second = (encoder.encode(source.draw(rng, 3)) for _ in range(2))
+    assert torch.equal(first.latents_bfchw, one.latents_bfchw)
     assert not torch.equal(first.latents_bfchw, second.latents_bfchw)
 
 

@@ -17,20 +17,19 @@ from longtake.history.policy import Evicted, PolicyState
 from longtake.history.positions import Relative
 from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
-from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_model
 from longtake.train import evictions as stage
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.evictions import Evictions, EvictionsConfig, EvictionsTask, evictions_of
 from longtake.train.excerpts import LatentCacheConfig, prompts_in_force
-from longtake.train.latents import ClipEncoder
+from longtake.train.latents import Clips
 from longtake.train.networks import TextToLatents
 from longtake.train.plan import Machine
 from longtake.train.recall import RecallBatch, RecallSource
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.walk import Walk
-from toy_training import DIT, HISTORY, VAE, loop, networks, recipe
+from toy_training import DIT, HISTORY, clip_encoder, loop, networks, recipe, renderer
 
 PLENTY = Machine("cpu", 10**15)
 MEMORY = MemoryEncoderConfig(
@@ -42,13 +41,10 @@ SIZE = 32  # 2 x 2 tokens
 
 
 @lru_cache
-def batch(count: int = 2) -> RecallBatch:
-    torch.manual_seed(0)
+def batch(count: int = 2) -> RecallBatch[Clips]:
     config = LatentCacheConfig(chunk_frames=2, height=SIZE, width=SIZE)
-    source = RecallSource(
-        ClipEncoder(TinyVAE(VAE).requires_grad_(False), guided=True), config, 20, (2.0, 3.0)
-    )
-    return source.draw(np.random.default_rng(0), count)
+    source = RecallSource(renderer(guided=True), config, 20, (2.0, 3.0))
+    return source.draw(np.random.default_rng(0), count).encoded(clip_encoder())
 
 
 def module(**memory: object) -> TextToLatents:

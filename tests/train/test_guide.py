@@ -9,25 +9,24 @@ from einops import rearrange
 
 from longtake.errors import ConfigError
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.dit import DiTTask
+from longtake.train.dit import DiTTask, Noise
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
-from longtake.train.latents import ClipEncoder, FreshClips
+from longtake.train.latents import FreshClips
 from longtake.train.probes import token_guide_error
+from longtake.train.steps import Steps, StepSources
 from longtake.train.vae import VAETask, VAETrainingConfig
 from longtake.world import render_masks, sample_scene
 from longtake.world.vocabulary import OBJECT_RGB, SHAPES
-from toy_training import HISTORY, VAE, loop, networks
+from toy_training import HISTORY, VAE, clip_encoder, loop, networks, renderer
 
 
 def fresh_task(**changes: object) -> DiTTask:
-    torch.manual_seed(0)
     cache = LatentCacheConfig(num_latent_frames=6, chunk_frames=2, levels=(1, 2), height=32, width=32)
-    ahead = changes.get("guide_ahead", ())
-    assert isinstance(ahead, tuple)
-    source = FreshClips(ClipEncoder(TinyVAE(VAE).eval(), guided=True, ahead=ahead), cache)
-    held_out = source.draw(np.random.default_rng(9), 2)
+    source = FreshClips(renderer(guided=True, ahead=changes.get("guide_ahead", ())), cache)
+    encoder = clip_encoder()
+    held_out = encoder.encode(source.draw(np.random.default_rng(9), 2))
     config = DiTTrainingConfig(
         loop=loop(4),
         num_clips=2,
@@ -36,8 +35,9 @@ def fresh_task(**changes: object) -> DiTTask:
         fresh_clips=True,
         guide_weight=1.0,
         guide_layer=0,
-    )
-    return DiTTask(networks(), HISTORY, config.replace(**changes), held_out, source, held_out)
+    ).replace(**changes)
+    steps = Steps(StepSources(config, held_out, source), encoder)
+    return DiTTask(networks(), HISTORY, config, steps, held_out)
 
 
 @pytest.mark.parametrize(("seed", "level"), [(3, 1), (8, 2), (6, 3)])
@@ -93,7 +93,7 @@ def test_it_says_where_objects_will_be(seed: int, level: int) -> None:
 
 def test_a_guide_that_looks_ahead_is_read_and_small_errors_go_on_counting() -> None:
     task = fresh_task(guide_ahead=(8, 16), guide_relative=True)
-    assert task.clips is not None
+    assert isinstance(task.steps.sources.clips, FreshClips)
     loss, figures = task.loss(0, 0.0)
     loss.backward()
     assert task._probe is not None
@@ -190,7 +190,7 @@ def test_the_probe_learns_to_read_and_its_gradient_reaches_the_network() -> None
     clips = task.held_out
     before = after = 0.0
     for index in range(30):
-        guides = [part[2] for part in task._walk(clips, 3, 1.0, torch.Generator().manual_seed(0))]
+        guides = [part[2] for part in task._walk(clips, 3, 1.0, Noise(0, task.device))]
         error = torch.stack([guide for guide in guides if guide is not None]).mean()
         before, after = (float(error.detach()) if index == 0 else before), float(error.detach())
         task.optimizer.zero_grad()
@@ -201,17 +201,18 @@ def test_the_probe_learns_to_read_and_its_gradient_reaches_the_network() -> None
 
 def _parts(task: DiTTask) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     rng = np.random.default_rng((task.config.loop.seed, 0))
-    generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
-    assert task.clips is not None
-    assert task.first_clips is not None
-    first = task._walk(task.first_clips.draw(rng, 1), 1, task.config.foreground_weight, generator)
-    return first + task._walk(task.clips.draw(rng, 2), 3, task.config.foreground_weight, generator)
+    noise = Noise(int(rng.integers(1 << 40)), task.device)
+    sources, encoder, weight = task.steps.sources, task.steps.encoder, task.config.foreground_weight
+    assert sources.clips is not None
+    assert sources.first_clips is not None
+    first = task._walk(encoder.encode(sources.first_clips.draw(rng, 1)), 1, weight, noise)
+    return first + task._walk(encoder.encode(sources.clips.draw(rng, 2)), 3, weight, noise)
 
 
 def test_clips_without_a_guide_are_trained_without() -> None:
     task = fresh_task()
     bare = dataclasses.replace(task.held_out, guide_bfkhw=None)
-    assert all(guide is None for *_, guide in task._walk(bare, 2, 1.0, torch.Generator()))
+    assert all(guide is None for *_, guide in task._walk(bare, 2, 1.0, Noise(0, task.device)))
 
 
 def test_a_layer_that_is_not_there_is_named() -> None:

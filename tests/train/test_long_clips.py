@@ -11,42 +11,41 @@ import torch
 from counting import some_clips
 from longtake.errors import ConfigError, TrainingError
 from longtake.history.base import HistoryConfig
-from longtake.models.tiny_vae import TinyVAE
-from longtake.train.dit import DiTTask
+from longtake.train.dit import DiTTask, Noise
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
-from longtake.train.latents import ClipEncoder
 from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.plan import Machine
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
+from longtake.train.steps import Steps, StepSources
 from longtake.world import parse_caption
-from toy_training import HISTORY, VAE, loop, networks, recipe
+from toy_training import HISTORY, clip_encoder, loop, networks, recipe, renderer
 
 PLENTY = Machine("cpu", 10**15)
 
 
 def source(**changes: object) -> LongSource:
-    torch.manual_seed(0)
     config = LatentCacheConfig(chunk_frames=3, height=16, width=16)
     settings = {"num_chunks": 14, "num_learned": 4, "first_learned": 6, **changes}
-    encoder = ClipEncoder(TinyVAE(VAE).requires_grad_(False))
-    return LongSource(encoder, config, **settings)  # type: ignore[arg-type]
+    return LongSource(renderer(), config, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("num_learned", "num_chunks"), [(4, 14), (5, 13)])
 def test_clips_follow_the_generator_and_teach_late(num_learned: int, num_chunks: int) -> None:
-    made = source(num_learned=num_learned, num_chunks=num_chunks)
+    made, encoder = source(num_learned=num_learned, num_chunks=num_chunks), clip_encoder()
     for seed in range(6):
         batch = made.draw(np.random.default_rng(seed), 2)
         again = made.draw(np.random.default_rng(seed), 2)
-        assert torch.equal(batch.clips.latents_bfchw, again.clips.latents_bfchw)
+        assert torch.equal(batch.clips.frames_bthwc, again.clips.frames_bthwc)
         assert batch.learned == again.learned
         assert sum(batch.learned) == num_learned
         assert not any(batch.learned[:6])
         assert batch.learned[-1]
         assert num_chunks - 2 < len(batch.learned) <= num_chunks
-        assert batch.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
+        encoded = batch.encoded(encoder)
+        assert encoded.learned == batch.learned
+        assert encoded.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
         assert all(batch.clips.opens)
 
 
@@ -109,11 +108,12 @@ def test_a_stage_learns_from_them_alone(tmp_path: Path) -> None:
 def test_only_chunks_that_are_learned_from_count() -> None:
     made = lasting()
     draws = source(num_chunks=6, num_learned=2, first_learned=2)
-    draws = LongSource(draws.encoder, draws.config.replace(chunk_frames=2), 6, 2, 2)
+    draws = LongSource(draws.renderer, draws.config.replace(chunk_frames=2), 6, 2, 2)
     module = networks(made.dit_model)
-    task = DiTTask(module, HISTORY, made.windows, None, None, some_clips(), long_clips=draws)
-    batch = draws.draw(np.random.default_rng(0), 2)
-    parts = task._walk(batch.clips, len(batch.learned), 1.0, torch.Generator().manual_seed(0), batch.learned)
+    steps = Steps(StepSources(made.windows, long_clips=draws), clip_encoder())
+    task = DiTTask(module, HISTORY, made.windows, steps, some_clips())
+    batch = draws.draw(np.random.default_rng(0), 2).encoded(steps.encoder)
+    parts = task._walk(batch.clips, len(batch.learned), 1.0, Noise(0, task.device), batch.learned)
     assert len(parts) == 2
 
 

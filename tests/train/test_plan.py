@@ -23,6 +23,7 @@ from longtake.train.loop import WeightAverage
 from longtake.train.plan import Machine, StagePlan, plan_lines
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
+from longtake.train.steps import Steps, StepSources
 from longtake.train.trajectory import TrajectoryTask
 from longtake.train.vae import VAETask
 from toy_training import CAPTIONS, networks, recipe
@@ -63,7 +64,8 @@ def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VA
         return DMDTask(
             networks(dit), networks(dit), history, schedule, made.dmd, CAPTIONS, CAPTIONS, (4, 4, 4)
         )
-    return DiTTask(networks(dit), history, getattr(made, stage), some, some, some)
+    config = getattr(made, stage)
+    return DiTTask(networks(dit), history, config, Steps(StepSources(config, some, some)), some)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -13,41 +13,51 @@ from longtake.errors import ConfigError, TrainingError
 from longtake.eval.script import Chunking
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
-from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
-from longtake.train.dit import DiTTask
+from longtake.train.dit import DiTTask, Noise
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
-from longtake.train.latents import ClipEncoder
 from longtake.train.plan import Machine
 from longtake.train.probes import MemoryReading
 from longtake.train.recall import RecallSource, longest_chunks
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
+from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Walk
 from longtake.world import parse_caption
 from longtake.world.vocabulary import OBJECT_RGB
-from toy_training import CAPTIONS, DIT, HISTORY, MEMORY, REMEMBERING, VAE, loop, networks, recipe
+from toy_training import (
+    CAPTIONS,
+    DIT,
+    HISTORY,
+    MEMORY,
+    REMEMBERING,
+    clip_encoder,
+    loop,
+    networks,
+    recipe,
+    renderer,
+)
 
 PLENTY = Machine("cpu", 10**15)
 
 
 def source(chunk_frames: int = 3, size: int = 16, guided: bool = False, **changes: object) -> RecallSource:
-    torch.manual_seed(0)
     config = LatentCacheConfig(chunk_frames=chunk_frames, height=size, width=size)
     settings = {"window_frames": 48, "absence": (1.0, 2.0), **changes}
-    encoder = ClipEncoder(TinyVAE(VAE).requires_grad_(False), guided=guided)
-    return RecallSource(encoder, config, **settings)  # type: ignore[arg-type]
+    return RecallSource(renderer(guided=guided), config, **settings)  # type: ignore[arg-type]
 
 
 def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> None:
     made = source()
     batch = made.draw(np.random.default_rng(3), 3)
     again = made.draw(np.random.default_rng(3), 3)
-    assert torch.equal(batch.clips.latents_bfchw, again.clips.latents_bfchw)
-    assert batch.learned == again.learned
-    assert batch.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
+    assert torch.equal(batch.clips.frames_bthwc, again.clips.frames_bthwc)
+    encoded = batch.encoded(clip_encoder())
+    assert encoded.clips.latents_bfchw.shape[1] == 3 * len(batch.learned)
+    for name in ("learned", "shown_frame", "unseen"):
+        assert getattr(encoded, name) == getattr(batch, name) == getattr(again, name)
     targets = set()
     for prompts in batch.clips.prompts:
         starts = [start for start, _ in prompts]
@@ -90,14 +100,14 @@ def test_the_memory_is_read_while_what_is_to_come_back_is_away() -> None:
     history = REMEMBERING.replace(positions=Relative(f_max=6))
     module = networks(DIT.replace(memory=memory))
     draws = source(chunk_frames=2, size=32, guided=True)
-    task = DiTTask(module, history, made.memory, None, None, some_clips(), recall=draws)
+    steps = Steps(StepSources(made.memory, recall=draws), clip_encoder())
+    task = DiTTask(module, history, made.memory, steps, some_clips())
     assert task._memory_probe is not None
-    batch = draws.draw(np.random.default_rng(0), 2)
+    batch = draws.draw(np.random.default_rng(0), 2).encoded(steps.encoder)
     size = batch.clips.latents_bfchw.shape[-2:]
     assert module.dit.token_grid(*size) == (2, 2)
     reading = MemoryReading(batch, task._memory_probe, 2)
-    generator = torch.Generator().manual_seed(0)
-    task._walk(batch.clips, len(batch.learned), 1.0, generator, batch.learned, reading)
+    task._walk(batch.clips, len(batch.learned), 1.0, Noise(0, task.device), batch.learned, reading)
     assert len(reading.errors) == sum(batch.unseen)
     torch.stack(reading.errors).mean().backward()
     network = module.dit.memory
@@ -233,7 +243,8 @@ def test_flops_of_a_memory_are_counted() -> None:
     plan = made.plan("memory", PLENTY)
     assert plan is not None
     some = some_clips()
-    task = DiTTask(networks(made.dit_model), made.stream.history, made.memory, None, some, some)
+    steps = Steps(StepSources(made.memory, None, some))
+    task = DiTTask(networks(made.dit_model), made.stream.history, made.memory, steps, some)
     flops, _ = measured(task.learners[""], [task.module], 0, False)
     assert plan.flops["walks"] == pytest.approx(flops, rel=0.05)
     without = made.replace(dit_model=DIT, stream=made.stream.replace(history=HISTORY)).plan("memory", PLENTY)

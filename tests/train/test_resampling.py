@@ -10,6 +10,7 @@ from longtake.errors import ConfigError
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.latents import Clips
+from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Observe, Walk
 from toy_training import HISTORY, loop, networks
 
@@ -40,7 +41,7 @@ def _contexts(monkeypatch: pytest.MonkeyPatch, sigmas: tuple[float, ...]) -> lis
         loop=loop(_NUM_STEPS), num_clips=2, num_chunks=3, context_noise=0.0, resampled_sigmas=sigmas
     )
     clips = _clips()
-    task = DiTTask(networks(), HISTORY, config, None, clips, clips)
+    task = DiTTask(networks(), HISTORY, config, Steps(StepSources(config, None, clips)), clips)
     for step in range(_NUM_STEPS):
         task.loss(step, 0.0)
     return seen

@@ -13,24 +13,35 @@ from longtake.errors import CheckpointError, ConfigError, TrainingError
 from longtake.io.checkpoints import read_safetensors
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.models.tiny_vae import TinyVAE
 from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
 from longtake.stream.state import PromptSwitch
-from longtake.train.dit import DiTTask
+from longtake.train.dit import DiTTask, Noise
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
-from longtake.train.latents import ClipEncoder, Clips, FreshClips
+from longtake.train.latents import Clips, FreshClips
 from longtake.train.loop import STOPPED_EARLY, run
 from longtake.train.networks import TextToLatents
 from longtake.train.optim import AdamWConfig
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
+from longtake.train.steps import Steps, StepSources
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask
-from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks, recipe, vae_task
+from toy_training import (
+    CAPTIONS,
+    DIT,
+    HISTORY,
+    TEXT,
+    clip_encoder,
+    loop,
+    networks,
+    recipe,
+    renderer,
+    vae_task,
+)
 
 
 def dit_task(seed: int = 0) -> DiTTask:
@@ -40,7 +51,7 @@ def dit_task(seed: int = 0) -> DiTTask:
     prompts = (((0, "a red circle"),),) * 3 + (((0, "a blue square"),),) * 3
     clips = Clips(latents, torch.rand(6, 6, 4, 4).half(), prompts, (True,) * 6, (1,) * 6)
     config = DiTTrainingConfig(loop=loop(4), num_clips=2, num_first_clips=2, num_chunks=3)
-    return DiTTask(module, HISTORY, config, clips, clips, clips)
+    return DiTTask(module, HISTORY, config, Steps(StepSources(config, clips, clips)), clips)
 
 
 def guided_vae_task() -> VAETask:
@@ -59,8 +70,9 @@ def guided_task() -> DiTTask:
     torch.manual_seed(0)
     module = TextToLatents(TinyTextEncoder(TEXT), DiT(DIT))
     cache = LatentCacheConfig(num_latent_frames=4, chunk_frames=2, levels=(2, 3), height=32, width=32)
-    clips = FreshClips(ClipEncoder(TinyVAE(VAE).eval(), guided=True), cache)
-    held_out = clips.draw(np.random.default_rng(0), 2)
+    encoder = clip_encoder()
+    clips = FreshClips(renderer(guided=True), cache)
+    held_out = encoder.encode(clips.draw(np.random.default_rng(0), 2))
     config = DiTTrainingConfig(
         loop=loop(4),
         num_clips=2,
@@ -75,7 +87,7 @@ def guided_task() -> DiTTask:
         prompt_guide_weight=0.5,
         resampled_sigmas=(0.8, 0.5),
     )
-    return DiTTask(module, HISTORY, config, held_out, clips, held_out)
+    return DiTTask(module, HISTORY, config, Steps(StepSources(config, held_out, clips), encoder), held_out)
 
 
 def trajectory_task() -> TrajectoryTask:
@@ -151,7 +163,7 @@ def test_gradients_flow_through_the_committed_history() -> None:
     latents = clips.latents_bfchw.float().requires_grad_()
     torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
     clips = dataclasses.replace(clips, latents_bfchw=latents)
-    parts = task._walk(clips, 3, 1.0, torch.Generator().manual_seed(0))
+    parts = task._walk(clips, 3, 1.0, Noise(0, task.device))
     (gradient,) = torch.autograd.grad(parts[-1][0], latents)
     assert (gradient[:, 0].flatten(1).abs().sum(1) > 0).all()  # the sink frame, read three chunks later
 
@@ -161,7 +173,7 @@ def test_a_chunk_that_no_prompt_tells_is_not_trained() -> None:
     torch.nn.init.normal_(task.module.dit.head.head.weight, std=0.1)
     for opens in (True, False):
         clips = dataclasses.replace(task.held_out.select([0, 3]), opens=(opens, opens))
-        parts = task._walk(clips, 2, 1.0, torch.Generator().manual_seed(0))
+        parts = task._walk(clips, 2, 1.0, Noise(0, task.device))
         assert (float(parts[0][0].detach()) > 0) == opens
         assert float(parts[1][0].detach()) > 0
 
@@ -173,7 +185,7 @@ def test_a_switched_prompt_changes_the_chunks_from_there_on() -> None:
     switched = tuple((*prompts, (4, "a blue square")) for prompts in clips.prompts)
     losses = []
     for item in (clips, dataclasses.replace(clips, prompts=switched)):
-        parts = task._walk(item, 3, 1.0, torch.Generator().manual_seed(0))
+        parts = task._walk(item, 3, 1.0, Noise(0, task.device))
         losses.append([float(part.detach()) for part, _, _ in parts])
     assert losses[0][:2] == losses[1][:2]
     assert losses[0][2] != losses[1][2]

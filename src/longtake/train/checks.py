@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 KeptConfig = KeyFramesConfig | MostAttendedConfig
 _CACHES = ("first_latents", "latents", "held_out")
+_ON_ANY_DEVICE = ("latents", "first", "windows", "memory", "export")
 _WALKING = ("layers", "first", "windows", "memory", "trajectory")  # stages that read clips
 
 
@@ -103,6 +104,12 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
     Raises:
         ConfigError: two settings that do not fit each other, with a change that mends it.
     """
+    on_host = [stage for stage in stages if stage not in _ON_ANY_DEVICE]
+    if recipe.device != "cpu" and on_host:
+        raise ConfigError(
+            f"device={recipe.device!r}, but stage {on_host[0]} trains on the CPU",
+            f"name other stages, of {', '.join(_ON_ANY_DEVICE)}, or set device=cpu",
+        )
     _check_sizes(recipe, stages)
     _check_networks(recipe)
     _check_memory(recipe, stages)

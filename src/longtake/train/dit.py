@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,14 +15,13 @@ from longtake.history.base import HistoryConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import changed, prompts_in_force
-from longtake.train.latents import Clips, ClipSource
-from longtake.train.long_clips import LongSource
+from longtake.train.latents import Clips
 from longtake.train.loop import Learner
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.probes import MemoryReading, probes_of, token_guide_error
 from longtake.train.prompt_guide import PromptProbe
-from longtake.train.recall import RecallSource
 from longtake.train.samples import SampleRollouts
+from longtake.train.steps import Steps
 from longtake.train.walk import Walk, at_sigma, stratified
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
@@ -36,12 +34,9 @@ class DiTTask:
         module: what is trained.
         history: window, sink, chunk and positions.
         config: the stage.
-        first_clips: source of clips of which only the first chunk is trained; None where the stage has none.
-        clips: source of whole clips; None likewise.
+        steps: what every step walks through.
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
-        recall: source of clips that ask for recall; None where the stage has none.
-        long_clips: source of clips of several windows; None likewise.
     """
 
     def __init__(
@@ -49,30 +44,27 @@ class DiTTask:
         module: TextToLatents,
         history: HistoryConfig,
         config: DiTTrainingConfig,
-        first_clips: ClipSource | None,
-        clips: ClipSource | None,
+        steps: Steps,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
-        recall: RecallSource | None = None,
-        long_clips: LongSource | None = None,
     ) -> None:
         self.networks = module
+        self.device = module.dit.patch_embedding.weight.device
         self.module: nn.Module = module
         self._probe: nn.Linear | None = None
         self._memory_probe: nn.Linear | None = None
         self._prompt_probe: PromptProbe | None = None
         probes = probes_of(module, config)
         if probes:
-            self.module = nn.ModuleDict({"networks": module, **probes})
+            self.module = nn.ModuleDict({"networks": module, **probes}).to(
+                module.dit.patch_embedding.weight.device
+            )
             self._probe, self._prompt_probe = probes.get("probe"), probes.get("prompt_probe")
             self._memory_probe = probes.get("memory_probe")
         self._rollouts = rollouts
         self.history = history
         self.config = config
-        self.first_clips = first_clips
-        self.clips = clips
-        self.recall = recall
-        self.long_clips = long_clips
+        self.steps = steps
         self.held_out = held_out
         self.optimizer = dit_optimizer(
             self.module,
@@ -85,45 +77,43 @@ class DiTTask:
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
         """Weighted error of the clean latents over all chunks of the step's clips."""
-        config = self.config
-        rng = np.random.default_rng((config.loop.seed, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        config, drawn = self.config, self.steps(step)
+        noise = Noise(drawn.noise_seed, self.device)
         weight = config.foreground_weight + progress * (
             config.final_foreground_weight - config.foreground_weight
         )
         parts: list[_Errors] = []
         prompts: list[str] = []
         weights: list[float] = []
-        for clips, num_chunks in config.draw(rng, self.first_clips, self.clips):
-            parts += self._walk(clips, num_chunks, weight, generator)
+        for clips, num_chunks in drawn.walks:
+            parts += self._walk(clips, num_chunks, weight, noise)
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
-        if self.long_clips is not None:
-            lasting = self.long_clips.draw(rng, config.num_long_clips)
-            late = self._walk(lasting.clips, len(lasting.learned), weight, generator, lasting.learned)
+        if drawn.long is not None:
+            late = self._walk(drawn.long.clips, len(drawn.long.learned), weight, noise, drawn.long.learned)
             parts += late
-            prompts += [text for of_clip in lasting.clips.prompts for _, text in of_clip]
+            prompts += [text for of_clip in drawn.long.clips.prompts for _, text in of_clip]
             weights += [1.0] * len(late)
-        if self.recall is not None:
-            batch = self.recall.draw(rng, config.num_recall_clips)
+        if drawn.recall is not None:
+            batch = drawn.recall
             reading = MemoryReading(batch, self._memory_probe, self.networks.dit.config.patch_size[-1])
-            asked = self._walk(batch.clips, len(batch.learned), weight, generator, batch.learned, reading)
+            asked = self._walk(batch.clips, len(batch.learned), weight, noise, batch.learned, reading)
             parts += asked
             weights += [1.0] * len(asked)
-        shares = torch.tensor(weights) / sum(weights)
+        shares = torch.tensor(weights, device=self.device) / sum(weights)
         loss = (torch.stack([part for part, _, _ in parts]) * shares).sum()
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
-        if self.long_clips is not None:
+        if drawn.long is not None:
             figures["foreground_long"] = float(torch.stack([error for _, error, _ in late]).mean())
-        if self.recall is not None:
+        if drawn.recall is not None:
             figures["foreground_recall"] = float(torch.stack([error for _, error, _ in asked]).mean())
         read = [error for _, _, error in parts if error is not None]
         if read:
             guide = torch.stack(read).mean()
             loss = loss + config.guide_weight * guide
             figures["guide"] = float(guide.detach())
-        if self.recall is not None and reading.errors:
+        if drawn.recall is not None and reading.errors:
             memory_guide = torch.stack(reading.errors).mean()
             loss = loss + config.memory_guide_weight * memory_guide
             figures["memory_guide"] = float(memory_guide.detach())
@@ -138,25 +128,28 @@ class DiTTask:
         clips: Clips,
         num_chunks: int,
         foreground_weight: float,
-        generator: torch.Generator,
+        noise: Noise,
         learned: Sequence[bool] | None = None,
         recall: MemoryReading | None = None,
     ) -> list[_Errors]:
         """The errors of every chunk of the clips, or of those that are learned; the others are committed."""
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
         num_copies = config.copies_of(num_chunks)
-        dropped = (torch.rand(num_clips, generator=generator) < config.text_dropout).tolist()
+        dropped = (torch.rand(num_clips, generator=noise.host) < config.text_dropout).tolist()
         prompts = [
             ((0, ""),) if drop else of_clip for of_clip, drop in zip(clips.prompts, dropped, strict=True)
         ]
-        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        latents, foreground = (
+            self._here(part).float() for part in (clips.latents_bfchw, clips.foreground_bfhw)
+        )
+        guide_bfkhw = None if clips.guide_bfkhw is None else self._here(clips.guide_bfkhw)
         captions = prompts_in_force(prompts, 0)
         text = self.networks.encode(captions)
         dit, size = self.networks.dit, latents.shape[-2:]
         patch = dit.config.patch_size[-1]
         recompute = config.loop.recompute == "blocks"
         walk = Walk(dit, self.history, text, num_clips, *size, recompute=recompute)
-        told = torch.tensor(clips.opens, dtype=torch.float32)
+        told = self._here(torch.tensor(clips.opens, dtype=torch.float32))
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
@@ -170,14 +163,14 @@ class DiTTask:
             if learned is not None and not learned[chunk]:
                 walk.commit(clean, learns=False)
                 continue
-            sigma = shift_sigmas(stratified(num_copies * num_clips, generator), config.sigma_shift)
+            sigma = shift_sigmas(noise.stratified(num_copies * num_clips), config.sigma_shift)
             target = clean.repeat(num_copies, 1, 1, 1, 1)
-            noisy = at_sigma(target, torch.randn(target.shape, generator=generator), sigma)
-            amount = config.context_noise * torch.rand(num_clips, 1, 1, 1, 1, generator=generator)
+            noisy = at_sigma(target, noise.normal(target.shape), sigma)
+            amount = config.context_noise * noise.uniform(num_clips, 1, 1, 1, 1)
             last = chunk == num_chunks - 1
-            past = clean if last else self._resampled(walk, clean, generator)
-            context = past + amount * torch.randn(clean.shape, generator=generator)
-            reading = _Reading(config.guide_layer) if self._probe and clips.guide_bfkhw is not None else None
+            past = clean if last else self._resampled(walk, clean, noise)
+            context = past + amount * noise.normal(clean.shape)
+            reading = _Reading(config.guide_layer) if self._probe and guide_bfkhw is not None else None
             if last:
                 predicted = walk.predict(noisy, sigma, reading)
             else:
@@ -185,10 +178,13 @@ class DiTTask:
             counted = (told if chunk == 0 else torch.ones_like(told)).repeat(num_copies)
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
             guide = None
-            if reading is not None and self._probe is not None and clips.guide_bfkhw is not None:
-                guide = self._guide_error(reading.tokens, clips.guide_bfkhw[:, span], patch, len(target))
+            if reading is not None and self._probe is not None and guide_bfkhw is not None:
+                guide = self._guide_error(reading.tokens, guide_bfkhw[:, span], patch, len(target))
             results.append((*errors, guide))
         return results
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _guide_error(self, tokens_ruw: Tensor, guide_bfkhw: Tensor, patch: int, num_noisy: int) -> Tensor:
         """Of reading the guide off the tokens of noisy rows, and of context where it comes after them."""
@@ -200,17 +196,17 @@ class DiTTask:
         return torch.stack(errors).mean()
 
     @torch.no_grad()
-    def _resampled(self, walk: Walk, clean: Tensor, generator: torch.Generator) -> Tensor:
+    def _resampled(self, walk: Walk, clean: Tensor, noise: Noise) -> Tensor:
         """A chunk as the network itself would have finished it, from one of the sampler's last steps on
         (self-resampling, arXiv 2512.15702).
         """
         sigmas = self.config.resampled_sigmas
         if not sigmas:
             return clean
-        start = int(torch.randint(len(sigmas) + 1, (1,), generator=generator))
+        start = int(torch.randint(len(sigmas) + 1, (1,), generator=noise.host))
         for value in sigmas[start:]:
-            sigma = torch.full((len(clean),), value)
-            clean = walk.predict(at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma), sigma)
+            sigma = clean.new_full((len(clean),), value)
+            clean = walk.predict(at_sigma(clean, noise.normal(clean.shape), sigma), sigma)
         return clean
 
     def _errors(
@@ -238,14 +234,16 @@ class DiTTask:
         clips, of the foreground and of the background, and of the foreground by world level.
         """
         frames, clips = self.history.chunk_frames, self.held_out
-        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        latents, foreground = (
+            self._here(part).float() for part in (clips.latents_bfchw, clips.foreground_bfhw)
+        )
         num_chunks = min(self.config.num_chunks, latents.shape[1] // frames)
         captions = prompts_in_force(clips.prompts, 0)
         text = self.networks.encode(captions)
         walk = Walk(self.networks.dit, self.history, text, len(clips), *latents.shape[-2:])
-        generator = torch.Generator().manual_seed(0)
-        level_b = torch.tensor(clips.levels).view(-1, 1, 1, 1)
-        told_b = torch.tensor(clips.opens).view(-1, 1, 1, 1)
+        noise = Noise(0, self.device)
+        level_b = self._here(torch.tensor(clips.levels)).view(-1, 1, 1, 1)
+        told_b = self._here(torch.tensor(clips.opens)).view(-1, 1, 1, 1)
         figures: dict[str, float] = {}
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
@@ -258,8 +256,8 @@ class DiTTask:
                 name = "first" if chunk == 0 else "last"
                 counted = told_b if chunk == 0 else torch.ones_like(told_b)
                 for time in _EVALUATION_TIMES:
-                    sigma = torch.full((len(clips),), time)
-                    noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
+                    sigma = clean.new_full((len(clips),), time)
+                    noisy = at_sigma(clean, noise.normal(clean.shape), sigma)
                     squared = (walk.predict(noisy, sigma) - clean).square().mean(dim=2)
                     key = f"{name}_{time}"
                     figures[f"foreground_{key}"] = _weighted(squared, mask * counted)
@@ -278,6 +276,35 @@ class DiTTask:
 
 _Errors = tuple[Tensor, Tensor, Tensor | None]
 """Of a chunk: the loss, the foreground's error, and that of reading the guide where there is one."""
+
+
+class Noise:
+    """All that is random in a step beside its clips.
+
+    Decisions are taken on the host, which thus need not wait for the device; tensors are drawn where they are
+    used. On a CPU both come from one generator.
+
+    Args:
+        seed: that everything follows from, on a kind of device.
+        device: of the tensors.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.host = torch.Generator().manual_seed(seed)
+        self._device = device
+        self._there = self.host if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal values."""
+        return torch.randn(tuple(shape), generator=self._there, device=self._device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Values in [0, 1)."""
+        return torch.rand(shape, generator=self._there, device=self._device)
+
+    def stratified(self, count: int) -> Tensor:
+        """See `train.walk.stratified`."""
+        return stratified(count, self.host).to(self._device, non_blocking=True)
 
 
 class _Reading:

@@ -136,6 +136,11 @@ class DiTTrainingConfig(ClipsPerStep):
         """Whether clips are to come with their guide."""
         return self.guide_weight > 0 or self.memory_guide_weight > 0
 
+    @property
+    def num_draws(self) -> int:
+        """Draws that the stage takes in all."""
+        return self.loop.num_steps * self.loop.accumulation_steps
+
     def copies_of(self, num_chunks: int) -> int:
         """Noisy copies of each chunk of clips that are walked so far."""
         return (self.num_first_copies if num_chunks == 1 else None) or self.num_copies

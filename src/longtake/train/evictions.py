@@ -35,6 +35,7 @@ from longtake.models.dit import DiT
 from longtake.stream.state import PromptSwitch
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.guide import guide_tokens
+from longtake.train.latents import ClipEncoder, Clips
 from longtake.train.loop import Learner, LoopConfig, autocast_dtype, build_optimizer
 from longtake.train.networks import TextToLatents
 from longtake.train.optim import MuonAdamW
@@ -158,7 +159,7 @@ class _Recorder(Policy):
         raise AssertionError("nobody reads it")
 
 
-def evictions_of(module: TextToLatents, history: HistoryConfig, batch: RecallBatch) -> Evictions:
+def evictions_of(module: TextToLatents, history: HistoryConfig, batch: RecallBatch[Clips]) -> Evictions:
     """Walk a batch through real context under the plain window, and keep what leaves it.
 
     Args:
@@ -212,6 +213,7 @@ def layers_of(dit: DiT, policy: EvolvingConfig) -> tuple[int, tuple[int, ...]]:
 def build_evictions(
     module: TextToLatents,
     history: HistoryConfig,
+    encoder: ClipEncoder,
     sources: Mapping[str, tuple[RecallSource, int]],
     config: EvictionsConfig,
     folder: Path,
@@ -222,6 +224,7 @@ def build_evictions(
     Args:
         module: the networks, frozen.
         history: see `evictions_of`.
+        encoder: of their clips.
         sources: by name where batches come from, and how many.
         config: the stage.
         folder: `NAME-0000.safetensors` and so on go there.
@@ -243,7 +246,7 @@ def build_evictions(
             if path.exists():
                 continue
             rng = np.random.default_rng((config.loop.seed, index))
-            batch = source.draw(rng, config.num_clips)
+            batch = source.draw(rng, config.num_clips).encoded(encoder)
             with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
                 evictions_of(module, history, batch).save(path)
 

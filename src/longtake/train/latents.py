@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -19,16 +19,15 @@ from pydantic import Field, model_validator
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from longtake.config import Config
 from longtake.errors import ConfigError, TrainingError
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.state import PromptSwitch
-from longtake.train.excerpts import Excerpt, LatentCacheConfig, Prompts, excerpt
-from longtake.train.guide import guide_of
+from longtake.train.excerpts import LatentCacheConfig, Prompts, excerpt
 from longtake.train.loop import autocast_dtype
-from longtake.world import VERSION, render, render_masks
+from longtake.train.rendering import ClipRenderer, Rendered
+from longtake.world import VERSION
 
 _CLIPS_PER_BATCH = 8
 _NUM_FRESH_SEEDS = 1 << 30
@@ -73,10 +72,15 @@ class Clips:
         return self.select(rng.integers(len(self), size=count).tolist())
 
 
-class ClipSource(Protocol):
+DrawnT = TypeVar("DrawnT", bound=Clips | Rendered)
+"""Clips before or after they are encoded."""
+_DrawnT_co = TypeVar("_DrawnT_co", bound=Clips | Rendered, covariant=True)
+
+
+class ClipSource(Protocol[_DrawnT_co]):
     """Where a stage takes its clips from."""
 
-    def draw(self, rng: np.random.Generator, count: int) -> Clips:
+    def draw(self, rng: np.random.Generator, count: int) -> _DrawnT_co:
         """`count` clips that follow from the generator's state alone."""
         ...
 
@@ -113,8 +117,11 @@ class ClipsPerStep(Config):
         return tuple(walk for walk in walks if walk[0] > 0)
 
     def draw(
-        self, rng: np.random.Generator, first_clips: ClipSource | None, clips: ClipSource | None
-    ) -> Iterator[tuple[Clips, int]]:
+        self,
+        rng: np.random.Generator,
+        first_clips: ClipSource[DrawnT] | None,
+        clips: ClipSource[DrawnT] | None,
+    ) -> Iterator[tuple[DrawnT, int]]:
         """A step's clips and how many of their chunks are walked; None for a source that is not needed."""
         for source, count, num_chunks in (
             (first_clips, self.num_first_clips, 1),
@@ -126,81 +133,72 @@ class ClipsPerStep(Config):
 
 @dataclass(frozen=True)
 class ClipEncoder:
-    """Renders and encodes what excerpts show.
+    """Encodes rendered clips, on the VAE's device.
 
     Args:
-        vae: encodes it.
-        guided: clips come with their guide, see `train.guide`.
-        ahead: pixel frames that the guide looks ahead.
+        vae: encodes them; None where all clips are latents.
     """
 
-    vae: TinyVAE
-    guided: bool = False
-    ahead: tuple[int, ...] = ()
-
-    @property
-    def stride(self) -> int:
-        """Pixel frames per latent frame."""
-        return self.vae.config.temporal_stride
+    vae: TinyVAE | None
 
     @torch.no_grad()
-    def encode(self, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
-        """Clips of the configuration's size and of `config.num_latent_frames` latent frames."""
-        # A training step may be under autocast, which refuses to join tensors of half precision.
-        with torch.autocast("cpu", enabled=False):
-            return self._encode(excerpts, config)
-
-    def _encode(self, excerpts: Sequence[Excerpt], config: LatentCacheConfig) -> Clips:
-        vae, stride, cell = self.vae, self.stride, self.vae.config.spatial_stride
-        num_frames = 1 + (config.num_latent_frames - 1) * stride
-        size = (config.height, config.width)
-        latents, foregrounds, guides = [], [], []
-        for begin in range(0, len(excerpts), _CLIPS_PER_BATCH):
-            batch = [(item.scene, item.start) for item in excerpts[begin : begin + _CLIPS_PER_BATCH]]
-            frames = np.stack([render(scene, at, at + num_frames, *size) for scene, at in batch])
-            masks = [torch.from_numpy(render_masks(scene, at, at + num_frames, *size)) for scene, at in batch]
-            if self.guided:
-                guides += [
-                    guide_of(scene, at, of_clip, stride, cell, self.ahead)
-                    for (scene, at), of_clip in zip(batch, masks, strict=True)
-                ]
-            state = vae.init_encode_state(len(batch), *size)
-            dtype = autocast_dtype("auto", vae.latent_mean.device)
-            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-                encoded, _ = vae.encode_chunk(torch.from_numpy(frames).float().div(127.5).sub(1), state)
-            latents.append(encoded.half())
-            foreground = torch.stack([of_clip.sum(1) for of_clip in masks])
-            foregrounds.append(_pool(foreground, stride, cell))
-        return Clips(
-            torch.cat(latents),
-            torch.cat(foregrounds),
-            tuple(item.prompts for item in excerpts),
-            tuple(item.opens for item in excerpts),
-            tuple(item.scene.level for item in excerpts),
-            torch.stack(guides) if self.guided else None,
-        )
+    def encode(self, drawn: Rendered | Clips) -> Clips:
+        """The same clips as latents where the VAE is; clips that are latents stay as they are."""
+        if isinstance(drawn, Clips):
+            return drawn
+        assert self.vae is not None, "clips to encode, and no encoder"
+        vae, device = self.vae, self.vae.latent_mean.device
+        dtype = autocast_dtype("auto", device)
+        latents = []
+        with torch.autocast(device.type, enabled=False):  # see `train.rendering`
+            for frames in torch.split(drawn.frames_bthwc, _CLIPS_PER_BATCH):
+                state = vae.init_encode_state(len(frames), *frames.shape[2:4])
+                with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                    pixels = frames.to(device, non_blocking=True).float().div(127.5).sub(1)
+                    encoded, _ = vae.encode_chunk(pixels, state)
+                latents.append(encoded.half())
+            return Clips(
+                torch.cat(latents),
+                drawn.foreground_bfhw,
+                drawn.prompts,
+                drawn.opens,
+                drawn.levels,
+                drawn.guide_bfkhw,
+            )
 
 
 @dataclass(frozen=True)
 class FreshClips:
-    """Clips that no step has seen before, rendered and encoded when they are asked for.
+    """Clips that no step has seen before, rendered when they are asked for.
 
-    Encoding costs about a tenth of a training step; a model that goes over some thousand cached clips a few
-    times learns them by heart instead (docs/experiments.md).
+    Rendering and encoding cost about a tenth of a training step; a model that goes over some thousand cached
+    clips a few times learns them by heart instead (docs/experiments.md).
     """
 
-    encoder: ClipEncoder
+    renderer: ClipRenderer
     config: LatentCacheConfig
 
-    def draw(self, rng: np.random.Generator, count: int) -> Clips:
+    def draw(self, rng: np.random.Generator, count: int) -> Rendered:
         """`count` clips of scenes from `first_seed` on, their levels at random."""
         seeds = self.config.first_seed + rng.integers(_NUM_FRESH_SEEDS, size=count)
         levels = rng.integers(len(self.config.levels), size=count)
         excerpts = [
-            excerpt(self.config, int(seed), self.config.levels[level], self.encoder.stride)
+            excerpt(self.config, int(seed), self.config.levels[level], self.renderer.stride)
             for seed, level in zip(seeds, levels, strict=True)
         ]
-        return self.encoder.encode(excerpts, self.config)
+        return self.renderer.render(excerpts, self.config)
+
+
+@dataclass(frozen=True)
+class EncodedClips:
+    """A source whose clips come encoded."""
+
+    source: ClipSource[Clips | Rendered]
+    encoder: ClipEncoder
+
+    def draw(self, rng: np.random.Generator, count: int) -> Clips:
+        """See `ClipSource`."""
+        return self.encoder.encode(self.source.draw(rng, count))
 
 
 def encode_shard(vae: TinyVAE, config: LatentCacheConfig, shard: int) -> Clips:
@@ -212,15 +210,8 @@ def encode_shard(vae: TinyVAE, config: LatentCacheConfig, shard: int) -> Clips:
         excerpt(config, config.first_seed + index, config.levels[index % len(config.levels)], stride)
         for index in range(first, last)
     ]
-    return ClipEncoder(vae).encode(excerpts, config)
-
-
-def _pool(masks_bthw: Tensor, stride: int, cell: int) -> Tensor:
-    """Coverage per latent cell, the strongest over a latent frame's pixel frames, [b,f,h,w] in 0..1."""
-    padded = torch.cat([masks_bthw[:, :1].expand(-1, stride - 1, -1, -1), masks_bthw], dim=1)
-    cells = F.max_pool2d(padded.clamp(0, 1), cell)
-    pooled: Tensor = cells.unflatten(1, (-1, stride)).amax(dim=2).half()  # type: ignore[no-untyped-call]
-    return pooled
+    renderer = ClipRenderer(stride, vae.config.spatial_stride)
+    return ClipEncoder(vae).encode(renderer.render(excerpts, config))
 
 
 def build_cache(vae: TinyVAE, config: LatentCacheConfig, folder: Path, weights_hash: str) -> None:

@@ -63,8 +63,8 @@ class LayersTask:
         parent: TextToLatents,
         history: HistoryConfig,
         config: LayersConfig,
-        first_clips: ClipSource | None,
-        clips: ClipSource | None,
+        first_clips: ClipSource[Clips] | None,
+        clips: ClipSource[Clips] | None,
         held_out: Clips,
     ) -> None:
         assert module.dit.config.latent is not None, "checked before"

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
 from longtake.history.base import HistoryConfig
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
-from longtake.train.latents import ClipEncoder, Clips
+from longtake.train.latents import ClipEncoder, Clips, DrawnT
+from longtake.train.rendering import ClipRenderer, Rendered
 from longtake.world import Scene, sample_scene
 
 _NUM_SEEDS = 1 << 30
@@ -22,11 +24,15 @@ _OTHER_LEVELS = (1, 2)
 
 
 @dataclass(frozen=True)
-class LongBatch:
+class LongBatch(Generic[DrawnT]):
     """Clips of one length, and of every chunk whether it is learned from or only committed."""
 
-    clips: Clips
+    clips: DrawnT
     learned: tuple[bool, ...]
+
+    def encoded(self, encoder: ClipEncoder) -> LongBatch[Clips]:
+        """The same with clips as latents."""
+        return LongBatch(encoder.encode(self.clips), self.learned)
 
 
 @dataclass(frozen=True)
@@ -34,20 +40,20 @@ class LongSource:
     """Long clips of the training split, other ones in every step; half of them pan.
 
     Args:
-        encoder: of the clips.
+        renderer: of the clips.
         config: their size, split and chunks; its number of frames and its levels do not matter.
         num_chunks: the most that a clip has; it ends with the last one that is learned from.
         num_learned: chunks that are learned from, one of every so many equal parts of those that may be.
         first_learned: the first chunk that may be: from which on something has left the window.
     """
 
-    encoder: ClipEncoder
+    renderer: ClipRenderer
     config: LatentCacheConfig
     num_chunks: int
     num_learned: int
     first_learned: int
 
-    def draw(self, rng: np.random.Generator, count: int) -> LongBatch:
+    def draw(self, rng: np.random.Generator, count: int) -> LongBatch[Rendered]:
         """Clips that follow from the generator's state alone."""
         late = np.arange(self.first_learned, self.num_chunks)
         chosen = {int(rng.choice(part)) for part in np.array_split(late, self.num_learned)}
@@ -62,7 +68,7 @@ class LongSource:
             )
             for _ in range(count)
         ]
-        return LongBatch(self.encoder.encode(excerpts, config), learned)
+        return LongBatch(self.renderer.render(excerpts, config), learned)
 
     def _excerpt(self, seed: int, num_frames: int, *, pans: bool, leaves: bool) -> Excerpt:
         """The beginning of a scene, its prompts coming into force where chunks begin.
@@ -78,7 +84,7 @@ class LongSource:
             if (len(scene.segments) == 1) == pans:
                 break
             seed += 1
-        stride = self.encoder.stride
+        stride = self.renderer.stride
         prompts, segments = [], []
         for index, segment in enumerate(scene.segments):
             chunk = chunk_at(segment.start, self.config.chunk_frames, stride)

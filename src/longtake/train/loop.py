@@ -361,14 +361,14 @@ def _resume(task: Task, settings: Config, average: WeightAverage, out: Path) -> 
     path = out / "checkpoint.pt"
     if not path.exists():
         return _Progress()
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location=next(task.module.parameters()).device)
     _check_same(state["config"], settings, path)
     for name, learner in task.learners.items():
         learner.module.load_state_dict(state["modules"][name])
         learner.optimizer.load_state_dict(state["optimizers"][name])
     average.shadow = state["average"]
     if "rng" in state:  # older checkpoints have neither this nor those below
-        torch.set_rng_state(state["rng"])
+        torch.set_rng_state(state["rng"].cpu())
     return _Progress(
         int(state["step"]), state.get("dtype"), state.get("window", []), state.get("figures", {})
     )

@@ -18,6 +18,7 @@ from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.guide import NUM_GUIDE_CHANNELS, guide_errors, guide_tokens, num_guide_channels
+from longtake.train.latents import Clips
 from longtake.train.networks import TextToLatents
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.recall import RecallBatch
@@ -94,7 +95,7 @@ class MemoryReading:
         patch: latent cells along each side of a token.
     """
 
-    def __init__(self, batch: RecallBatch, probe: nn.Linear | None, patch: int) -> None:
+    def __init__(self, batch: RecallBatch[Clips], probe: nn.Linear | None, patch: int) -> None:
         self.batch = batch
         self.errors: list[Tensor] = []
         self._probe, self._patch = probe, patch
@@ -107,6 +108,7 @@ class MemoryReading:
         if self._probe is None or guide_bfkhw is None or not self.batch.unseen[chunk]:
             return
         shown_bfkhw = guide_bfkhw[:, self.batch.shown_frame, None, :NUM_GUIDE_CHANNELS]
+        shown_bfkhw = shown_bfkhw.to(walk.policy_state[STATE].device, non_blocking=True)
         num_tokens = shown_bfkhw.shape[-2] * shown_bfkhw.shape[-1] // self._patch**2
         frames_bnuw = walk.policy_state[STATE].unflatten(1, (-1, num_tokens))  # type: ignore[no-untyped-call]
         self.errors.append(token_guide_error(self._probe, frames_bnuw.mean(1), shown_bfkhw, self._patch))

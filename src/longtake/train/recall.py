@@ -10,11 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
-from longtake.train.latents import ClipEncoder, Clips
+from longtake.train.latents import ClipEncoder, Clips, DrawnT
+from longtake.train.rendering import ClipRenderer, Rendered
 from longtake.world.recall import (
     RecallScene,
     glide_frames,
@@ -28,7 +30,7 @@ _NUM_SHOWING = 2  # chunks after the switch to what is to come back
 
 
 @dataclass(frozen=True)
-class RecallBatch:
+class RecallBatch(Generic[DrawnT]):
     """Clips of one length that do the same at the same time.
 
     Attributes:
@@ -38,10 +40,14 @@ class RecallBatch:
         unseen: of every chunk whether that view has left the window before it and not come back.
     """
 
-    clips: Clips
+    clips: DrawnT
     learned: tuple[bool, ...]
     shown_frame: int
     unseen: tuple[bool, ...]
+
+    def encoded(self, encoder: ClipEncoder) -> RecallBatch[Clips]:
+        """The same with clips as latents."""
+        return RecallBatch(encoder.encode(self.clips), self.learned, self.shown_frame, self.unseen)
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class RecallSource:
     """Recall scenes of the training split, other ones in every step.
 
     Args:
-        encoder: of the clips.
+        renderer: of the clips.
         config: their size, split and chunks; its number of frames does not matter.
         window_frames: of the model's window, in pixel frames.
         absence: shortest and longest absence in windows; drawn once for a batch, evenly in its logarithm, and
@@ -59,14 +65,14 @@ class RecallSource:
         learned_share: of the other chunks that there is something to learn from, drawn for every batch.
     """
 
-    encoder: ClipEncoder
+    renderer: ClipRenderer
     config: LatentCacheConfig
     window_frames: int
     absence: tuple[float, float]
     num_away: int = 0
     learned_share: float = 1.0
 
-    def draw(self, rng: np.random.Generator, count: int) -> RecallBatch:
+    def draw(self, rng: np.random.Generator, count: int) -> RecallBatch[Rendered]:
         """Scenes that follow from the generator's state alone, as long as the longest of them."""
         low, high = (math.log(value) for value in self.absence)
         frames = round(math.exp(low + (high - low) * float(rng.random())) * self.window_frames)
@@ -102,14 +108,14 @@ class RecallSource:
             self._chunk_at(start)
             for start in (scenes[0].shown_from, scenes[0].away_from, scenes[0].back_from)
         )
-        leaving = _leaving_chunks(self.config.chunk_frames * self.encoder.stride, aspect)
+        leaving = _leaving_chunks(self.config.chunk_frames * self.renderer.stride, aspect)
         chunks = range(num_chunks)
         silent = range(away + leaving, back)
         moving = [*range(shown, shown + _NUM_SHOWING), *range(away, away + leaving), *range(back, num_chunks)]
         learned = set(_some(rng, moving, math.ceil(self.learned_share * len(moving))))
         learned |= set(_some(rng, silent, self.num_away))
         return RecallBatch(
-            self.encoder.encode(excerpts, config),
+            self.renderer.render(excerpts, config),
             learned=tuple(chunk in learned for chunk in chunks),
             shown_frame=away * config.chunk_frames - 1,
             unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
@@ -117,10 +123,10 @@ class RecallSource:
 
     def _boundary(self, frame: int) -> int:
         """First pixel frame of the first chunk that begins at or after a frame."""
-        return chunk_start(self._chunk_at(frame), self.config.chunk_frames, self.encoder.stride)
+        return chunk_start(self._chunk_at(frame), self.config.chunk_frames, self.renderer.stride)
 
     def _chunk_at(self, frame: int) -> int:
-        return chunk_at(frame, self.config.chunk_frames, self.encoder.stride)
+        return chunk_at(frame, self.config.chunk_frames, self.renderer.stride)
 
 
 def _some(rng: np.random.Generator, chunks: Sequence[int], count: int) -> Sequence[int]:

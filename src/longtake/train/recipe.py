@@ -58,6 +58,9 @@ class Recipe(Config):
             grown (see `train.warm_start`); None starts from scratch.
         base: name of a shipped model, or of one beside the exported file: what the model shares with it is
             not exported again. None exports everything.
+        device: where networks are trained; on a CUDA device the stages latents, first, windows, memory and
+            export.
+        num_workers: processes that render clips ahead of a DiT's teacher forcing; 0: in its own.
         parent: model name or file of the dense model that latent layers learn from; None where they do not.
         stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
             as the parent's), first (first chunks only), windows (whole clips through the history), evictions
@@ -72,6 +75,8 @@ class Recipe(Config):
     seed: int = 0
     warm_start: str | None = None
     base: str | None = None
+    device: DeviceKind = "cpu"
+    num_workers: int = Field(0, ge=0)
     parent: str | None = None
     stages: tuple[Stage, ...] = PLAIN_STAGES
     vae_model: TinyVAEConfig
@@ -128,11 +133,6 @@ class Recipe(Config):
             dit=self.dit_model,
             stream=self.stream,
         )
-
-    @property
-    def device(self) -> DeviceKind:
-        """Where a small model is trained."""
-        return "cpu"
 
     def plan(self, stage: str, machine: Machine) -> StagePlan | None:
         """What a stage will take on a machine; None where it trains nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from longtake.train.latents import (
     Clips,
     ClipSource,
     ClipsPerStep,
+    EncodedClips,
     FreshClips,
     build_cache,
     load_cache,
@@ -38,7 +40,9 @@ from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
+from longtake.train.rendering import ClipRenderer, Rendered
 from longtake.train.samples import SampleRollouts
+from longtake.train.steps import Steps, StepSources
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import warm_start
@@ -111,6 +115,8 @@ class _Networks:
         self.out = out
         self.vae: TinyVAE = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text_to_latents = TextToLatents(TinyTextEncoder(recipe.text_model), DiT(recipe.dit_model))
+        for module in (self.vae, self.text_to_latents):
+            module.to(recipe.device)
         if recipe.warm_start is not None:
             _, start = load_networks(resolve_model(recipe.warm_start))
             warm_start(self.vae, start["vae"].state_dict(), recipe.warm_start)
@@ -149,6 +155,11 @@ class _Networks:
             raise TrainingError(f"{self.out} holds no trained VAE", "run stage vae first, or set warm_start")
         self.vae.eval().requires_grad_(False)
         return self.vae
+
+    def to_host(self) -> None:
+        """Move all to the CPU."""
+        for module in (self.vae, self.text_to_latents, self.teacher):
+            module.cpu()
 
     def _path(self, stage: str) -> Path:
         return self.out / stage / "weights.safetensors"
@@ -204,16 +215,22 @@ def _train_dit(
     seconds: float | None,
 ) -> dict[str, float]:
     history = recipe.history_of(stage)
-    clips = _load_clips(recipe, networks, out, config)
-    rollouts = _rollouts(recipe, networks, clips[-1].captions, config.num_chunks)
-    recall = _recall(recipe, networks, config)
-    late = _long_clips(recipe, networks, config)
-    task = DiTTask(networks.text_to_latents, history, config, *clips, rollouts, recall, late)
-    return networks.run(stage, task, config, networks.text_to_latents, seconds)
+    renderer = _renderer(recipe, config)
+    first, whole, held_out = _load_clips(recipe, out, config, renderer)
+    sources = StepSources(
+        config, first, whole, _recall(recipe, config, renderer), _long_clips(recipe, config, renderer)
+    )
+    steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
+    rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
+    task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts)
+    try:
+        return networks.run(stage, task, config, networks.text_to_latents, seconds)
+    finally:
+        steps.close()
 
 
 def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
-    clips = _load_clips(recipe, networks, out, recipe.layers)
+    clips = _encoded_clips(recipe, networks, out, recipe.layers)
     task = LayersTask(networks.text_to_latents, _parent(recipe), recipe.stream.history, recipe.layers, *clips)
     figures = networks.run("layers", task, recipe.layers, networks.text_to_latents, seconds)
     networks.text_to_latents.requires_grad_(True)
@@ -226,11 +243,11 @@ def _train_memory_alone(
     config, module, history = recipe.evictions, networks.text_to_latents, recipe.stream.history
     module.requires_grad_(False)
     vae, stride = networks.require_vae(), recipe.vae_model.temporal_stride
-    encoder = ClipEncoder(vae, guided=True)
+    renderer, encoder = ClipRenderer(stride, recipe.vae_model.spatial_stride, guided=True), ClipEncoder(vae)
     walked = {name: t for name, t in module.state_dict().items() if not name.startswith("dit.memory.")}
     assert history.window_frames is not None, "checked before"
     sources = {
-        name: (RecallSource(encoder, like, history.window_frames * stride, config.absence), count)
+        name: (RecallSource(renderer, like, history.window_frames * stride, config.absence), count)
         for name, like, count in (
             ("train", recipe.latents, config.num_batches),
             ("held-out", recipe.held_out, config.num_held_out_batches),
@@ -244,7 +261,7 @@ def _train_memory_alone(
         "weights": weights_digest({**walked, **vae.encoder.state_dict(prefix="vae.encoder.")}),
         "world": VERSION,
     }
-    build_evictions(module, history, sources, config, folder, identity)
+    build_evictions(module, history, encoder, sources, config, folder, identity)
     paths = [batch_paths(folder, name, count) for name, (_, count) in sources.items()]
     size = recipe.vae_model.spatial_stride
     grid = module.dit.token_grid(recipe.stream.height // size, recipe.stream.width // size)
@@ -269,21 +286,21 @@ def _parent(recipe: Recipe) -> TextToLatents:
     return TextToLatents(text, dit).requires_grad_(False)
 
 
-def _encoder(networks: _Networks, config: ClipsPerStep) -> ClipEncoder:
+def _renderer(recipe: Recipe, config: ClipsPerStep) -> ClipRenderer:
     """Of a stage's fresh clips, with what its guide asks for."""
-    vae = networks.require_vae()
+    renderer = ClipRenderer(recipe.vae_model.temporal_stride, recipe.vae_model.spatial_stride)
     if not isinstance(config, DiTTrainingConfig):
-        return ClipEncoder(vae)
-    return ClipEncoder(vae, config.guided, config.guide_ahead)
+        return renderer
+    return dataclasses.replace(renderer, guided=config.guided, ahead=config.guide_ahead)
 
 
-def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> RecallSource | None:
+def _recall(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRenderer) -> RecallSource | None:
     window = recipe.stream.history.window_frames
     if config.num_recall_clips == 0:
         return None
     assert window is not None, "checked before"
     return RecallSource(
-        _encoder(networks, config),
+        renderer,
         recipe.latents,
         window * recipe.vae_model.temporal_stride,
         config.recall_absence,
@@ -292,11 +309,11 @@ def _recall(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> R
     )
 
 
-def _long_clips(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) -> LongSource | None:
+def _long_clips(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRenderer) -> LongSource | None:
     if config.num_long_clips == 0:
         return None
     return LongSource(
-        _encoder(networks, config),
+        renderer,
         recipe.latents,
         config.num_long_chunks,
         config.num_long_learned,
@@ -306,7 +323,7 @@ def _long_clips(recipe: Recipe, networks: _Networks, config: DiTTrainingConfig) 
 
 def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     stream, config = recipe.stream, recipe.trajectory
-    clips = _load_clips(recipe, networks, out, config)
+    clips = _encoded_clips(recipe, networks, out, config)
     task = TrajectoryTask(
         networks.text_to_latents,
         networks.teacher,
@@ -339,19 +356,29 @@ def _match(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None
     return networks.run("dmd", task, config, networks.text_to_latents, seconds)
 
 
-def _load_clips(
+def _encoded_clips(
     recipe: Recipe, networks: _Networks, out: Path, config: ClipsPerStep
-) -> tuple[ClipSource | None, ClipSource | None, Clips]:
+) -> tuple[ClipSource[Clips] | None, ClipSource[Clips] | None, Clips]:
+    """As `_load_clips`, all of them as latents."""
+    first, whole, held_out = _load_clips(recipe, out, config, _renderer(recipe, config))
+    encoder = ClipEncoder(networks.require_vae())
+    encoded = [None if source is None else EncodedClips(source, encoder) for source in (first, whole)]
+    return encoded[0], encoded[1], held_out
+
+
+def _load_clips(
+    recipe: Recipe, out: Path, config: ClipsPerStep, renderer: ClipRenderer
+) -> tuple[ClipSource[Clips | Rendered] | None, ClipSource[Clips | Rendered] | None, Clips]:
     """First chunks and whole clips, where the stage reads any, and held-out clips."""
     chunk_frames = recipe.stream.history.chunk_frames
     num_frames = config.num_chunks * chunk_frames
 
-    def source(name: str, count: int, frames: int) -> ClipSource | None:
+    def source(name: str, count: int, frames: int) -> ClipSource[Clips | Rendered] | None:
         if count == 0:
             return None
         if config.fresh_clips:
             like: LatentCacheConfig = getattr(recipe, name)
-            return FreshClips(_encoder(networks, config), like.replace(num_latent_frames=frames))
+            return FreshClips(renderer, like.replace(num_latent_frames=frames))
         return load_cache(out / name, frames)
 
     return (
@@ -370,6 +397,7 @@ def _rollouts(
 
 def _export(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, float]:
     """The model's file and, where a stage distilled it, its teacher's: the same with many guided steps."""
+    networks.to_host()
     module, teacher = networks.text_to_latents, networks.teacher
     path = out / f"{recipe.name}.safetensors"
     vae = networks.require_vae()

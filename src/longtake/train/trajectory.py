@@ -74,8 +74,8 @@ class TrajectoryTask:
         history: HistoryConfig,
         schedule: Schedule,
         config: TrajectoryConfig,
-        first_clips: ClipSource | None,
-        clips: ClipSource | None,
+        first_clips: ClipSource[Clips] | None,
+        clips: ClipSource[Clips] | None,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
     ) -> None:
