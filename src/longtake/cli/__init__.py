@@ -50,6 +50,7 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "bench cpu": Command("measure speed and memory on this machine's CPU", "longtake.cli.bench_cpu"),
         "bench memory": Command("measure what a learned memory costs", "longtake.cli.bench_memory"),
         "bench latent": Command("measure what latent attention saves and costs", "longtake.cli.bench_latent"),
+        "bench wan": Command("measure a chunk at Wan2.1-1.3B's size on a GPU", "longtake.cli.bench_wan"),
         "verify": Command("compare the engine with golden recordings", "longtake.cli.verify"),
         "models": Command("list the models that can be used", "longtake.cli.models"),
         "world render": Command("write sample clips of the verifiable world", "longtake.cli.world_render"),
