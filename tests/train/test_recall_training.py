@@ -69,6 +69,7 @@ def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> Non
         assert all(batch.learned[shown : shown + 2])
         assert all(batch.learned[away : away + 4])
         assert all(batch.learned[back : back + 7])
+        assert batch.back_chunk == back
         assert not any(batch.learned[:shown] + batch.learned[shown + 2 : away])
     assert len(targets) == 3
     assert sum(batch.learned) < len(batch.learned)
@@ -121,6 +122,29 @@ def test_the_memory_is_read_while_what_is_to_come_back_is_away() -> None:
     task.config = task.config.replace(memory_guide_weight=0.0)
     without, _ = task.loss(0, 0.0)
     assert float(whole.detach() - without.detach()) == pytest.approx(0.5 * figures["memory_guide"], rel=1e-3)
+
+
+def test_chunks_in_which_it_comes_back_count_for_more() -> None:
+    made = remembering(memory_guide_weight=0.0, text_dropout=0.0).memory
+    module = networks(DIT.replace(memory=MEMORY))
+    draws = source(chunk_frames=2, size=32)
+    losses = []
+    for config in (made, made.replace(recall_back_weight=3.0)):
+        steps = Steps(StepSources(config, recall=draws), clip_encoder())
+        task = DiTTask(module, REMEMBERING, config, steps, some_clips())
+        losses.append(float(task.loss(0, 0.0)[0].detach()))
+    drawn = steps(0)
+    batch = drawn.recall
+    assert batch is not None
+    noise = Noise(drawn.noise_seed, torch.device("cpu"))
+    parts = task._walk(batch.clips, len(batch.learned), made.foreground_weight, noise, batch.learned)
+    of_chunks = torch.stack([part for part, *_ in parts]).detach()
+    learned = [chunk for chunk, learned in enumerate(batch.learned) if learned]
+    back = torch.tensor([chunk >= batch.back_chunk for chunk in learned])
+    assert 0 < int(back.sum()) < len(learned)
+    assert losses[0] == pytest.approx(float(of_chunks.mean()), rel=1e-5)
+    weights = 1.0 + 2.0 * back
+    assert losses[1] == pytest.approx(float((of_chunks * weights).sum() / weights.sum()), rel=1e-5)
 
 
 def test_chunks_begin_where_serving_has_them() -> None:

@@ -59,7 +59,7 @@ def assert_equal(one: StepClips[Clips], other: StepClips[Clips]) -> None:
     assert one.long.learned == other.long.learned
     assert one.recall is not None
     assert other.recall is not None
-    for name in ("learned", "shown_frame", "unseen"):
+    for name in ("learned", "shown_frame", "unseen", "back_chunk"):
         assert getattr(one.recall, name) == getattr(other.recall, name)
     for mine, theirs in zip(clips_of(one), clips_of(other), strict=True):
         for name in ("prompts", "opens", "levels"):

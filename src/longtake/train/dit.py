@@ -99,7 +99,11 @@ class DiTTask:
             reading = MemoryReading(batch, self._memory_probe, self.networks.dit.config.patch_size[-1])
             asked = self._walk(batch.clips, len(batch.learned), weight, noise, batch.learned, reading)
             parts += asked
-            weights += [1.0] * len(asked)
+            weights += [
+                config.recall_back_weight if chunk >= batch.back_chunk else 1.0
+                for chunk, learned in enumerate(batch.learned)
+                if learned
+            ]
         shares = torch.tensor(weights, device=self.device) / sum(weights)
         loss = (torch.stack([part for part, _, _ in parts]) * shares).sum()
         foreground = torch.stack([error for _, error, _ in parts])

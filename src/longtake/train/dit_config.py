@@ -77,6 +77,11 @@ class DiTTrainingConfig(ClipsPerStep):
         description="chunks of them that are learned from while the camera rests elsewhere, where what is "
         "remembered is not to be seen",
     )
+    recall_back_weight: float = Field(
+        1.0,
+        gt=0,
+        description="of the chunks of them in which it comes back, against 1 for each chunk of other clips",
+    )
     num_long_clips: int = Field(
         0,
         ge=0,

@@ -38,16 +38,20 @@ class RecallBatch(Generic[DrawnT]):
         learned: of every chunk whether it is learned from or only committed.
         shown_frame: last latent frame of the view that is to come back.
         unseen: of every chunk whether that view has left the window before it and not come back.
+        back_chunk: the first chunk in which the camera comes back.
     """
 
     clips: DrawnT
     learned: tuple[bool, ...]
     shown_frame: int
     unseen: tuple[bool, ...]
+    back_chunk: int
 
     def encoded(self, encoder: ClipEncoder) -> RecallBatch[Clips]:
         """The same with clips as latents."""
-        return RecallBatch(encoder.encode(self.clips), self.learned, self.shown_frame, self.unseen)
+        return RecallBatch(
+            encoder.encode(self.clips), self.learned, self.shown_frame, self.unseen, self.back_chunk
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,7 @@ class RecallSource:
             learned=tuple(chunk in learned for chunk in chunks),
             shown_frame=away * config.chunk_frames - 1,
             unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
+            back_chunk=back,
         )
 
     def _boundary(self, frame: int) -> int:
