@@ -32,10 +32,18 @@ def toy_cases(config: WanBenchConfig) -> list[Case]:
 
 def test_every_case_is_measured_over_a_full_window() -> None:
     config = WanBenchConfig(windows=(7, 12), num_chunks=1)
+    saved: list[int] = []
     report = run_wan_bench(
-        config, torch.device("cpu"), lambda _: None, toy_cases(config), size=SIZE, dtype=torch.float32
+        config,
+        torch.device("cpu"),
+        lambda _: None,
+        toy_cases(config),
+        save=lambda report: saved.append(len(report["cases"])),
+        size=SIZE,
+        dtype=torch.float32,
     )
     rows = {row["case"]: row for row in report["cases"]}
+    assert saved == list(range(1, len(rows) + 1))
     assert len(rows) == 2 * 3 + 1 + len(SETTINGS)
     assert all(row["seconds"] > 0 for row in rows.values())
     # A window of 7 keeps 4 frames beside the chunk: keys and values of 24 tokens in 6 layers, fp32, and
@@ -64,4 +72,5 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, capsys: pytest.Captu
         WanBenchConfig(memories=("huge",))
     if not torch.cuda.is_available():
         assert main(["bench", "wan", "--out", str(tmp_path / "report.json")]) == 2
+        assert not (tmp_path / "report.json").exists()
         assert "--device cpu" in capsys.readouterr().err

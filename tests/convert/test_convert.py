@@ -249,6 +249,21 @@ def test_what_cannot_be_made_is_refused() -> None:
         next(convert_layers(Plan(dit.config, LATENT, "covariance"), dit.state_dict(), None))
 
 
+@pytest.mark.parametrize("method", ["covariance", "svd"])
+def test_a_layer_whose_output_is_zero_is_converted(method: Any) -> None:
+    """Layers that a warm start added begin so."""
+    dit = small_dit(0)
+    torch.nn.init.zeros_(dit.blocks[0].self_attn.o.weight)
+    samples = torch.randn(200, WIDTH)
+    made = next(
+        convert_layers(Plan(dit.config.replace(num_layers=1), LATENT, method), dit.state_dict(), [samples])
+    )[1]
+    assert all(tensor.isfinite().all() for tensor in made.weights.values())
+    if method == "covariance":
+        assert made.kv_error is not None
+        assert 0 < made.kv_error < 1
+
+
 def convert(source: object, out: Path, *more: str) -> int:
     return main(["convert", str(source), "--out", str(out), *more])
 
@@ -334,8 +349,23 @@ def test_wrong_use_is_told_and_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
         "half a model": {name: tensor for name, tensor in state.items() if not name.startswith("head.")},
         "no numbers": {name: tensor.to(torch.float8_e4m3fn) for name, tensor in state.items()},
         "ours": {**state, "pooled_text.weight": torch.zeros(32, 32)},
+        "no bias": {name: tensor for name, tensor in state.items() if "0.self_attn.q.bias" not in name},
+        "one norm": {name: tensor for name, tensor in state.items() if "1.self_attn.norm_k" not in name},
+        "no end": {name: tensor for name, tensor in state.items() if "1.ffn.2.weight" not in name},
+        "cut": {**state, "blocks.1.self_attn.k.weight": torch.zeros(32, 31)},
+        "broken": {**state, "blocks.1.self_attn.k.weight": torch.full((32, 32), torch.nan)},
     }
-    for (name, tensors), words in zip(odd.items(), ("lacks head", "float8", "do not say how"), strict=True):
+    told = (
+        "lacks head",
+        "float8",
+        "do not say how",
+        "missing: blocks.0.self_attn.q.bias",
+        "missing: blocks.1.self_attn.norm_k",
+        "missing: blocks.1.ffn.2.weight",
+        "wrong shape: blocks.1.self_attn.k.weight (32, 31)",
+        "'blocks.1.self_attn.k.weight' holds values that are not finite",
+    )
+    for (name, tensors), words in zip(odd.items(), told, strict=True):
         save_file(
             {key: tensor.contiguous() for key, tensor in tensors.items()}, tmp_path / f"{name}.safetensors"
         )
@@ -350,6 +380,8 @@ def test_wrong_use_is_told_and_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
     ):
         assert main(["convert", str(weights), "--out", str(out), "--num-heads", "2", *more]) == 2
         assert words in capsys.readouterr().err
+    assert main(["convert", str(source), "--out", str(source)]) == 2
+    assert "is the model itself" in capsys.readouterr().err
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"dense.safetensors", "bare.safetensors", *(f"{name}.safetensors" for name in odd)}
 

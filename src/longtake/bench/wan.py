@@ -28,8 +28,10 @@ from longtake.history.window import WindowConfig
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.models.latent_config import LatentConfig
+from longtake.ops.latent import LatentPath
 
 _SINK_FRAMES, _CHUNK_FRAMES = 1, 3
+_PATHS: Final[tuple[LatentPath, ...]] = ("expand", "absorbed")
 _TIMESTEPS: Final = (1000.0, 750.0, 500.0, 250.0)
 
 
@@ -74,7 +76,8 @@ def cases(
     latent: LatentConfig | None = None,
     size: tuple[int, int] = WAN_LATENT,
 ) -> list[Case]:
-    """Dense and latent attention at every window, and memories at 12 frames with a sink of three.
+    """Dense and latent attention at every window, and memories at 12 frames with a sink of three; what takes
+    long comes last.
 
     Args:
         config: which.
@@ -84,7 +87,8 @@ def cases(
     """
     latent = LatentConfig() if latent is None else latent
     grid = (size[0] // dit.patch_size[1], size[1] // dit.patch_size[2])
-    made = []
+    made: list[Case] = []
+    slow: list[Case] = []
     for window in config.windows:
         history = HistoryConfig(
             window_frames=window,
@@ -93,9 +97,9 @@ def cases(
             positions=Relative(f_max=window - 1),
         )
         made.append(Case(f"dense, window {window}", dit, history))
-        for path in ("expand", "absorbed"):
-            other = dit.replace(latent=latent.replace(path=path))
-            made.append(Case(f"latent {path}, window {window}", other, history))
+        expands, absorbs = (dit.replace(latent=latent.replace(path=path)) for path in _PATHS)
+        made.append(Case(f"latent expand, window {window}", expands, history))
+        slow.append(Case(f"latent absorbed, window {window}", absorbs, history))
     for name in config.memories:
         encoder = SETTINGS[name].encoder(dit, grid)
         remembering = dit.replace(memory=encoder)
@@ -109,7 +113,7 @@ def cases(
         if name == config.memories[0]:
             made.append(Case("no memory", dit, history.replace(policy=WindowConfig())))
         made.append(Case(f"memory, {name}", remembering, history))
-    return made
+    return made + slow
 
 
 def measure(
@@ -166,6 +170,7 @@ def run_wan_bench(
     device: torch.device,
     tell: Tell,
     to_measure: Sequence[Case] | None = None,
+    save: Callable[[dict[str, Any]], None] | None = None,
     **how: Any,
 ) -> dict[str, Any]:
     """All figures, as a report ready for JSON; a case that does not fit into the device's memory says so.
@@ -175,20 +180,28 @@ def run_wan_bench(
         device: where.
         tell: given a line about what is measured next.
         to_measure: other cases than the configuration's.
+        save: given the report after every case, so that a run that is cut off has measured something.
         how: of `measure`, where it is not Wan's size.
     """
-    rows = []
+    about = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    rows: list[dict[str, Any]] = []
+    report = {
+        "config": config.model_dump(mode="json"),
+        "environment": environment(),
+        "device": about,
+        "cases": rows,
+    }
     for case in cases(config) if to_measure is None else to_measure:
         tell(case.name)
         try:
             rows.append(measure(case, device, config.num_chunks, **how))
         except torch.cuda.OutOfMemoryError:
             rows.append({"case": case.name, "seconds": None})
+        if save is not None:
+            save(report)
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    about = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    report = {"config": config.model_dump(mode="json"), "environment": environment(), "device": about}
-    return {**report, "cases": rows}
+    return report
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:

@@ -44,14 +44,15 @@ def run(arguments: Arguments) -> int:
     from longtake.bench.wan import WanBenchConfig, run_wan_bench
     from longtake.errors import ConfigError
 
-    check_writable(arguments.out)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device='cuda', but torch sees no such device here", "use --device cpu")
     config = WanBenchConfig(windows=arguments.windows, num_chunks=arguments.num_chunks)
     if arguments.memories is not None:
         config = config.replace(memories=arguments.memories)
-    report = run_wan_bench(config, torch.device(arguments.device), tell)
-    write(report, arguments.out)
+    check_writable(arguments.out)
+    report = run_wan_bench(
+        config, torch.device(arguments.device), tell, save=lambda report: write(report, arguments.out)
+    )
     print(f"a chunk of 3 frames in four steps, {report['device']}:")
     print("                                    seconds   cache   peak beside weights")
     for row in report["cases"]:

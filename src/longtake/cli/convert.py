@@ -88,6 +88,8 @@ def run(arguments: Arguments) -> int:
     _check_folder(arguments.out)
     config = config_of(ConvertConfig, arguments)
     source = _source(arguments.source)
+    if source.exists() and arguments.out.resolve() == source.resolve():
+        raise UsageError(f"--out {str(arguments.out)!r} is the model itself", "give another file")
     bundle = is_bundle(source)
     _check_used(arguments, bundle)
     if bundle and read_card(source).dit.latent is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from longtake.errors import CheckpointError
-from longtake.io.checkpoints import load_into, read_safetensors
+from longtake.io.checkpoints import check_finite, load_into, read_safetensors
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 
@@ -102,4 +102,5 @@ def read_embeddings(path: Path, width: int) -> Tensor:
             f"{path}: 'embeddings' is {shape}, not [prompts, tokens, {width}]",
             "store the text encoder's output under that name",
         )
+    check_finite({"embeddings": found}, str(path))
     return found

@@ -18,6 +18,8 @@ from longtake.convert.settings import Calibration, ConvertConfig
 from longtake.errors import CheckpointError
 from longtake.io.checkpoints import (
     STORED_TYPES,
+    check_finite,
+    check_names,
     load_into,
     read_weights,
     write_safetensors_by_one,
@@ -114,6 +116,10 @@ def convert_weights(
             f"{path} holds numbers of type {', '.join(strange)}", "give weights in bf16, fp16 or fp32"
         )
     dense = dit_config_of(state, num_heads, str(path))
+    with torch.device("meta"):
+        names = DiT(dense).state_dict()
+    check_names(names, state, str(path), "fetch it again, or give the whole model")
+    check_finite(state, str(path))
     plan = Plan(dense, config.latent(dense), config.method, config.seed)
     samples = None
     if calibration is not None and config.num_tokens > 0:

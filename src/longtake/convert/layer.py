@@ -256,6 +256,8 @@ class _Parts:
         metric: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
         # What no query asks for and no output shows may be anything, but not everything.
         floor = 1e-3 * metric.diagonal().mean()
+        if floor == 0:  # no output shows anything, so that all errors are alike
+            floor = torch.ones_like(floor)
         return metric.diagonal_scatter(metric.diagonal() + floor)
 
     def _rope_error(self, samples_nw: Tensor) -> float:

@@ -218,12 +218,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
-    """Copy weights into a module, strictly.
+    """Copy weights into a module, strictly. Raises as `check_names`."""
+    own = module.state_dict()
+    check_names(own, state, source)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+
+def check_names(
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    source: str,
+    remedy: str = "use its own configuration",
+) -> None:
+    """Compare weights with those that a module has, which may be on torch's meta device.
 
     Raises:
         CheckpointError: names missing, unexpected or of another shape, each kind with its first names.
     """
-    own = module.state_dict()
     problems = []
     missing = [name for name in own if name not in state]
     unexpected = [name for name in state if name not in own]
@@ -237,12 +250,16 @@ def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str = "che
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             problems.append(f"{title}: {', '.join(names[:3])}{more}")
     if problems:
-        raise CheckpointError(
-            f"{source} does not fit the model: {'; '.join(problems)}", "use its own configuration"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}", remedy)
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Raise CheckpointError where a tensor holds an infinite value or none."""
+    for name, tensor in state.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{source}: {name!r} holds values that are not finite", "fetch the file again"
+            )
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -21,7 +21,13 @@ from torch import Tensor, nn
 
 from longtake.config import Config
 from longtake.errors import CheckpointError, ConfigError, nearest
-from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
+from longtake.io.checkpoints import (
+    check_finite,
+    load_into,
+    read_safetensors,
+    weights_digest,
+    write_safetensors,
+)
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
@@ -132,11 +138,7 @@ def load_networks(path: Path) -> tuple[ModelCard, nn.ModuleDict]:
     unpacked = _unpacked({**shared, **stored}, str(path))
     state = {name: tensor for name, tensor in unpacked.items() if name in wanted}
     load_into(networks, state, str(path))
-    for name, tensor in networks.state_dict().items():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(
-                f"{path}: {name!r} holds values that are not finite", "fetch the file again"
-            )
+    check_finite(networks.state_dict(), str(path))
     return card, networks
 
 
