@@ -25,6 +25,7 @@ from longtake.convert.factor import Tokens, effective_ranks, factorise
 from longtake.convert.layer import convert_layer
 from longtake.convert.network import Plan, convert_layers
 from longtake.convert.ranks import lost, ranks_for_budget, ranks_for_loss
+from longtake.convert.settings import ConvertConfig
 from longtake.diffusion.flow import Schedule
 from longtake.errors import CheckpointError, ConfigError
 from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full_view
@@ -264,6 +265,17 @@ def test_a_layer_whose_output_is_zero_is_converted(method: Any) -> None:
         assert 0 < made.kv_error < 1
 
 
+def test_small_heads_keep_what_was_asked_for() -> None:
+    """Where all defaults would leave no channel, or no rank."""
+    small = small_dit().config.replace(width=12, num_heads=2)
+    assert small.head_dim == 6
+    made = ConvertConfig(rope_bands=(1, 0, 0), kv_rank=3).latent(small)
+    assert (made.rope_dim, made.nope_dim, made.kv_rank) == (2, 4, 3)
+    assert ConvertConfig(nope_dim=2).latent(small).kv_rank == 1
+    with pytest.raises(ConfigError, match="take all 6 channels"):
+        ConvertConfig().latent(small)
+
+
 def convert(source: object, out: Path, *more: str) -> int:
     return main(["convert", str(source), "--out", str(out), *more])
 
@@ -336,6 +348,7 @@ def test_wrong_use_is_told_and_leaves_nothing(tmp_path: Path, capsys: pytest.Cap
         (["--kv-rank", "3", "4", "5"], "3 ranks for 2 layers"),
         (["--prompts", str(tmp_path / "none.txt")], "cannot read"),
         (["--rope-bands", "2", "2", "2"], "take all 12 channels"),
+        (["--rope-bands", "9", "0", "0"], "a head of 12 channels has (2, 2, 2) bands"),
     ):
         assert main(["convert", str(source), "--out", str(out), *more]) == 2
         assert words in capsys.readouterr().err

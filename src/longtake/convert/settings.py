@@ -89,15 +89,20 @@ class ConvertConfig(Config):
 
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
-        made = LatentConfig.proportional(dense.width, dense.head_dim).replace(
-            query_rank=self.query_rank, storage=self.storage, debias=self.debias
+        bands = (
+            LatentConfig.proportional_bands(dense.head_dim) if self.rope_bands is None else self.rope_bands
         )
-        if self.kv_rank is not None:
-            made = made.replace(kv_rank=self.kv_rank)
-        if self.rope_bands is not None:
-            made = made.replace(rope_bands=self.rope_bands)
+        made = LatentConfig(
+            kv_rank=max(1, dense.width // 8) if self.kv_rank is None else self.kv_rank,
+            query_rank=self.query_rank,
+            nope_dim=1 if self.nope_dim is None else self.nope_dim,
+            rope_bands=bands,
+            storage=self.storage,
+            debias=self.debias,
+        )
+        made.selected(dense.head_dim)  # refuses bands that a head does not have
         if self.nope_dim is not None:
-            return made.replace(nope_dim=self.nope_dim)
+            return made
         if made.rope_dim >= dense.head_dim:
             raise ConfigError(
                 f"rope_bands={made.rope_bands} take all {dense.head_dim} channels of a head",

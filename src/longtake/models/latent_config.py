@@ -65,9 +65,15 @@ class LatentConfig(Config):
         """VideoMLA's proportions for another network: a latent of an eighth of its width, the highest quarter
         of its bands, as many channels a head as before; queries straight from tokens.
         """
-        time, row, column = (max(1, round(0.26 * len(axis))) for axis in wan_rope(head_dim).frequencies)
-        made = cls(kv_rank=width // 8, query_rank=None, nope_dim=1, rope_bands=(time, row, column))
+        bands = cls.proportional_bands(head_dim)
+        made = cls(kv_rank=width // 8, query_rank=None, nope_dim=1, rope_bands=bands)
         return made.replace(nope_dim=head_dim - made.rope_dim)
+
+    @staticmethod
+    def proportional_bands(head_dim: int) -> tuple[int, int, int]:
+        """The highest quarter of a head's bands in time, rows and columns, one of each at least."""
+        time, row, column = (max(1, round(0.26 * len(axis))) for axis in wan_rope(head_dim).frequencies)
+        return time, row, column
 
     @property
     def rope_dim(self) -> int:
