@@ -56,9 +56,7 @@ class DiTTask:
         self._prompt_probe: PromptProbe | None = None
         probes = probes_of(module, config)
         if probes:
-            self.module = nn.ModuleDict({"networks": module, **probes}).to(
-                module.dit.patch_embedding.weight.device
-            )
+            self.module = nn.ModuleDict({"networks": module, **probes}).to(self.device)
             self._probe, self._prompt_probe = probes.get("probe"), probes.get("prompt_probe")
             self._memory_probe = probes.get("memory_probe")
         self._rollouts = rollouts
