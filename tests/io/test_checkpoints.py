@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,14 @@ from safetensors.torch import save_file
 from longtake.errors import CheckpointError
 from longtake.history.base import full_view
 from longtake.io.checkpoints import (
-    TABLES,
-    Format,
-    from_own,
     load_into,
     read_safetensors,
+    read_told_weights,
     read_weights,
-    to_own,
-    unwrap,
     weights_digest,
     write_safetensors,
 )
+from longtake.io.names import TABLES, Format, from_own, to_own, unwrap
 from longtake.models.memory import MemoryEncoderConfig
 from tiny_parts import GRID, small_dit
 
@@ -60,6 +58,7 @@ def test_options_have_no_foreign_names() -> None:
         lambda state: {"model": {f"model.{name}": t for name, t in state.items()}},
         lambda state: {f"model.{name}": t for name, t in from_own(state, "diffusers").items()},
         lambda state: {f"_fsdp_wrapped_module.{name}": t for name, t in state.items()},
+        lambda state: {f"model.diffusion_model.{name}": t for name, t in state.items()},
         lambda state: (
             {f"generator.model.{name}": t for name, t in state.items()} | {"critic.x": torch.zeros(1)}
         ),
@@ -77,8 +76,59 @@ def test_wrappers_are_taken_off(tmp_path: Path, wrap: Any) -> None:
 def test_pickles_cannot_run_code(tmp_path: Path) -> None:
     path = tmp_path / "evil.pt"
     torch.save({"generator": print}, path)
-    with pytest.raises(CheckpointError, match=r"cannot read weights .*evil\.pt"):
+    with pytest.raises(CheckpointError, match=r"evil\.pt: it is damaged, or holds objects that could"):
         read_weights(path)
+
+
+def split(state: dict[str, torch.Tensor], folder: Path, index: bool = True) -> None:
+    """Writes weights as two files, as the hub has them."""
+    folder.mkdir(parents=True)
+    places = {}
+    for part, names in enumerate((list(state)[::2], list(state)[1::2])):
+        file = f"model-{part}.safetensors"
+        save_file({name: state[name] for name in names}, folder / file, {"part": str(part), "format": "pt"})
+        places |= dict.fromkeys(names, file)
+    if index:
+        text = json.dumps({"metadata": {}, "weight_map": places})
+        (folder / "model.safetensors.index.json").write_text(text)
+
+
+@pytest.mark.parametrize("where", ["", "transformer"])
+@pytest.mark.parametrize("index", [True, False])
+def test_split_models_are_read_whole(tmp_path: Path, where: str, index: bool) -> None:
+    state = from_own(small_dit().state_dict(), "diffusers")
+    folder = tmp_path / "model" / where
+    split(state, folder, index)
+    if index:  # which alone says what belongs to the model
+        save_file({"other": torch.zeros(1)}, folder / "other.safetensors")
+    weights, metadata = read_told_weights(tmp_path / "model")
+    assert weights_digest(weights) == weights_digest(small_dit().state_dict())
+    assert metadata == {"part": "1", "format": "pt"}
+    if index:
+        named = read_weights(folder / "model.safetensors.index.json")
+        assert weights_digest(named) == weights_digest(weights)
+
+
+def test_what_is_no_model_in_files_is_told(tmp_path: Path) -> None:
+    state = small_dit().state_dict()
+    split(state, tmp_path / "doubled", index=False)
+    save_file({"head.head.bias": state["head.head.bias"]}, tmp_path / "doubled" / "old.safetensors")
+    split(state, tmp_path / "incomplete")
+    (tmp_path / "incomplete" / "model-1.safetensors").unlink()
+    split(state, tmp_path / "several")
+    (tmp_path / "several" / "ema.safetensors.index.json").write_text("{}")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "index").mkdir()
+    (tmp_path / "index" / "a.safetensors.index.json").write_text("[]")
+    for name, words in (
+        ("doubled", "more than one file holds 'head.head.bias'"),
+        ("incomplete", "lacks model-1.safetensors, 1 of 2 files of model.safetensors.index.json"),
+        ("several", "holds 2 models: ema.safetensors.index.json, model"),
+        ("empty", "holds no .safetensors file"),
+        ("index", "cannot read index"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            read_weights(tmp_path / name)
 
 
 def test_bad_files_are_told(tmp_path: Path) -> None:
@@ -106,6 +156,8 @@ def test_bad_files_are_told(tmp_path: Path) -> None:
             read_weights(path)
     with pytest.raises(CheckpointError, match="'step' is a int"):
         unwrap({"step": 3})
+    with pytest.raises(CheckpointError, match="'0' is a dict"):
+        unwrap({0: {"exp_avg": torch.zeros(1)}})  # type: ignore[dict-item]  # an optimiser's
     with pytest.raises(CheckpointError, match="cannot write"):
         write_safetensors(tmp_path / "absent" / "x.safetensors", state, {})
 

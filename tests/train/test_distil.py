@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from longtake.cli import main
+from longtake.convert.bare import BareWeights
 from longtake.errors import ConfigError, PromptError, TrainingError
-from longtake.io.checkpoints import from_own, read_weights, write_safetensors
+from longtake.io.checkpoints import read_weights, write_safetensors
+from longtake.io.names import from_own
 from longtake.models.dit import DiT
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.recipes.wan import WAN_NEGATIVE_PROMPT, wan_1_3b_dmd, wan_1_3b_echo_long
@@ -143,7 +145,9 @@ def test_the_long_recipe_takes_published_pieces_with_a_memory(tmp_path: Path) ->
     )
     embedded(tmp_path / "out" / "prompts")
     distil(made, tmp_path / "out", ["dmd", "export"])
-    exported = read_weights(tmp_path / "out" / "wan-1.3b-dmd.safetensors")
+    told = BareWeights.read(tmp_path / "out" / "wan-1.3b-dmd.safetensors")
+    assert (told.config, told.stream) == (made.dit_model, made.stream)
+    exported = told.state
     started = read_weights(Path(weights["generator"]))
     assert set(exported) == set(DiT(made.dit_model).state_dict())
     assert set(started) == {name for name in exported if not name.startswith("memory.")}

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from longtake.errors import CheckpointError
-from longtake.io.checkpoints import check_finite, load_into, read_safetensors
+from longtake.errors import CheckpointError, ConfigError
+from longtake.io.checkpoints import (
+    NETWORK_KEY,
+    STORED_TYPES,
+    STREAM_KEY,
+    check_finite,
+    check_names,
+    load_into,
+    read_safetensors,
+    read_told_weights,
+)
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
+from longtake.stream.pipeline import StreamConfig
 
 WAN_HEAD_DIM = 128
 WAN_TEXT_LENGTH = 512
@@ -23,22 +35,71 @@ _NEEDED = (
     "head.head.weight",
 )
 _OURS = ("pooled_text.", "spatial_embedding.", "frame_embedding.", "memory.")
-DIT_KEY = "longtake dit"
-"""Metadata of a file of bare weights: its `DiTConfig`."""
 
 
-def load_converted(path: Path) -> DiT:
-    """A network that `convert_weights` wrote, in single precision.
+@dataclass(frozen=True)
+class BareWeights:
+    """A DiT's weights without its autoencoder and text encoder.
 
-    Raises:
-        CheckpointError: unreadable, or no such file.
+    Args:
+        source: where they are from, for messages.
+        config: of the network.
+        state: under our names, in the types in which they are kept.
+        stream: what the network was trained to stream, where its file says so.
     """
-    state, metadata = read_safetensors(path)
-    if DIT_KEY not in metadata:
-        raise CheckpointError(f"{path} does not say what network it is of", "give one that convert wrote")
-    dit = DiT(DiTConfig.loads(metadata[DIT_KEY], str(path)))
-    load_into(dit, state, str(path))
-    return dit.eval()
+
+    source: str
+    config: DiTConfig
+    state: Mapping[str, Tensor]
+    stream: StreamConfig | None = None
+
+    @classmethod
+    def read(cls, path: Path, num_heads: int | None = None) -> BareWeights:
+        """Weights of any known layout (see `io.checkpoints.read_told_weights`).
+
+        Args:
+            path: of a file, an index or a folder.
+            num_heads: of a network of which the file does not tell; None for heads of 128 channels, as Wan's.
+
+        Raises:
+            CheckpointError: unreadable, incomplete, or broken. ConfigError: heads other than the file says.
+        """
+        state, told = read_told_weights(path)
+        source = str(path)
+        kinds = {tensor.dtype for tensor in state.values()}
+        strange = sorted({str(kind) for kind in kinds} - {str(kind) for kind in STORED_TYPES})
+        if strange:
+            raise CheckpointError(
+                f"{source} holds numbers of type {', '.join(strange)}", "give weights in bf16, fp16 or fp32"
+            )
+        if NETWORK_KEY in told:
+            config = DiTConfig.loads(told[NETWORK_KEY], source)
+            if num_heads not in (None, config.num_heads):
+                raise ConfigError(
+                    f"num_heads={num_heads}, but {source} is of a network of {config.num_heads} heads",
+                    "leave it out",
+                )
+        else:
+            config = dit_config_of(state, num_heads, source)
+        with torch.device("meta"):
+            names = DiT(config).state_dict()
+        check_names(names, state, source, "fetch it again, or give the whole model")
+        check_finite(state, source)
+        stream = StreamConfig.loads(told[STREAM_KEY], source) if STREAM_KEY in told else None
+        return cls(source, config, state, stream)
+
+    def network(self) -> DiT:
+        """The network, in the precision of its weights, which it takes as they are; in single precision, and
+        as a copy, where they are of several types.
+        """
+        with torch.device("meta"):
+            dit = DiT(self.config)
+        if {tensor.dtype for tensor in self.state.values()} in ({torch.bfloat16}, {torch.float32}):
+            dit.load_state_dict(self.state, assign=True)
+        else:
+            dit.to_empty(device="cpu")
+            load_into(dit, self.state, self.source)
+        return dit.eval().requires_grad_(False)
 
 
 def dit_config_of(state: Mapping[str, Tensor], num_heads: int | None, source: str) -> DiTConfig:
@@ -48,11 +109,14 @@ def dit_config_of(state: Mapping[str, Tensor], num_heads: int | None, source: st
         CheckpointError: latent weights, weights without a block, or heads that do not fit.
     """
     if any(name.startswith("blocks.0.self_attn.kv_down") for name in state):
-        raise CheckpointError(f"{source}: the model's attention is latent already", "give a dense model")
+        raise CheckpointError(
+            f"{source}: the model's attention is latent already, and the file does not say how",
+            "give one that convert or train wrote, or a dense model",
+        )
     missing = [name for name in _NEEDED if name not in state]
     if missing:
         raise CheckpointError(
-            f"{source} lacks {', '.join(missing)}", "give a whole model, its shards joined in one file"
+            f"{source} lacks {', '.join(missing)}", "give the file, the index or the folder of a whole model"
         )
     ours = [name for name in state if name.startswith(_OURS)]
     if ours:
@@ -68,8 +132,8 @@ def dit_config_of(state: Mapping[str, Tensor], num_heads: int | None, source: st
     heads = num_heads or width // WAN_HEAD_DIM
     if heads == 0 or width % heads or (width // heads) % 2:
         raise CheckpointError(
-            f"{source}: a width of {width} does not split into {heads} heads of even size",
-            "give the number of heads",
+            f"{source}: a width of {width} does not split into {heads or 'any'} heads of even size",
+            "give the number of heads that it has",
         )
     cross = tuple(i for i in sorted(blocks) if f"blocks.{i}.cross_attn.q.weight" in state)
     return DiTConfig(

@@ -1,12 +1,16 @@
-"""Tokens that enter every layer's self-attention while a model generates: what conversion is fitted to."""
+"""Tokens that enter every layer's self-attention while a model generates: what conversion is fitted to, and
+judged by.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from longtake.convert.factor import Samples
 from longtake.diffusion.flow import Steps
 from longtake.diffusion.sampler import chunk_noise, context_pass, sample_chunk
 from longtake.history.base import HistoryConfig
@@ -14,39 +18,56 @@ from longtake.history.pure import PureHistory
 from longtake.models.dit import DiT, TextContext
 from longtake.models.layers import Block
 
+_STREAMS_AT_ONCE = 8
+_HELD_OUT_OF = 4
+"""One stream of so many is held out."""
+
 
 class TokenSampler:
-    """Keeps some of the tokens that enter every layer.
+    """Keeps some of the tokens that enter every layer, those of some streams apart.
 
     Args:
         dit: the network.
-        num_tokens: kept of each layer.
-        num_calls: forward passes that will come, each of which gives equally many.
+        num_tokens: kept of a layer, of each row that a forward pass has.
         seed: of the choice.
     """
 
-    def __init__(self, dit: DiT, num_tokens: int, num_calls: int, seed: int = 0) -> None:
-        self._share = -(-num_tokens // num_calls)
+    def __init__(self, dit: DiT, num_tokens: int, seed: int = 0) -> None:
+        self._share = num_tokens
         self._generator = torch.Generator().manual_seed(seed)
-        self._kept: list[list[Tensor]] = [[] for _ in dit.blocks]
+        self._first_row = 0
+        self._fitted: list[list[Tensor]] = [[] for _ in dit.blocks]
+        self._held_out: list[list[Tensor]] = [[] for _ in dit.blocks]
         self._hooks = []
         for layer, block in enumerate(dit.blocks):
             assert isinstance(block, Block)
             self._hooks.append(block.self_attn.register_forward_pre_hook(self._hook(layer)))
 
+    def begin(self, first_row: int) -> None:
+        """The rows of the passes that follow are streams from this one on."""
+        self._first_row = first_row
+
     def _hook(self, layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tokens_nw = inputs[0].detach().flatten(0, 1)
-            chosen = torch.randperm(len(tokens_nw), generator=self._generator)[: self._share]
-            self._kept[layer].append(tokens_nw[chosen.to(tokens_nw.device)].float().cpu())
+            for row, tokens_nw in enumerate(inputs[0].detach(), self._first_row):
+                chosen = torch.randperm(len(tokens_nw), generator=self._generator)[: self._share]
+                is_held_out = row % _HELD_OUT_OF == _HELD_OUT_OF - 1
+                kept = self._held_out if is_held_out else self._fitted
+                kept[layer].append(tokens_nw[chosen.to(tokens_nw.device)].cpu())
 
         return keep
 
-    def close(self) -> list[Tensor]:
-        """Of every layer the tokens kept, ``[n, w]``; nothing is kept any more."""
+    def close(self) -> None:
+        """No more is kept."""
         for hook in self._hooks:
             hook.remove()
-        return [torch.cat(kept) for kept in self._kept]
+
+    def samples(self) -> list[Samples]:
+        """Of every layer what was kept, in the network's own precision."""
+        return [
+            Samples(torch.cat(fitted), torch.cat(held_out))
+            for fitted, held_out in zip(self._fitted, self._held_out, strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -59,31 +80,37 @@ def sample_tokens(
     num_chunks: int,
     num_tokens: int,
     seed: int = 0,
-) -> list[Tensor]:
-    """Generate chunks under some prompts and keep tokens of all passes, ``[n, w]`` of each layer.
+) -> list[Samples]:
+    """Generate chunks under some prompts and keep tokens of all passes.
 
     Args:
         dit: the network, dense or latent.
-        texts: a prompt each; all streams run in one batch.
+        texts: a prompt each, streamed once; or, where they are less than four, several times.
         history: window, sink, chunk and positions.
         steps: of the sampler.
         latent_shape: channels, height, width.
         num_chunks: of every stream.
-        num_tokens: kept of every layer: a few more, or fewer where passes do not have their share.
+        num_tokens: kept of every layer in all: a few more, or fewer where passes do not have their share.
         seed: of noise and choice.
     """
-    sampler = TokenSampler(dit, num_tokens, num_chunks * (len(steps.timesteps) + 1), seed)
+    num_streams = max(len(texts), _HELD_OUT_OF)
+    streams = list(itertools.islice(itertools.cycle(texts), num_streams))
+    passes = num_streams * num_chunks * (len(steps.timesteps) + 1)
+    sampler = TokenSampler(dit, -(-num_tokens // passes), seed)
+    device = dit.patch_embedding.weight.device
+    grid = dit.token_grid(*latent_shape[1:])
+    shape = (history.chunk_frames, *latent_shape)
     try:
-        text, device = TextContext.stack(texts), dit.patch_embedding.weight.device
-        grid = dit.token_grid(*latent_shape[1:])
-        past = PureHistory(history, dit.cache_spec(), grid, dit.policy(history.policy, grid), device)
-        seeds = [seed + row for row in range(len(texts))]
-        for chunk in range(num_chunks):
-            shape = (history.chunk_frames, *latent_shape)
-            noise = chunk_noise(seeds, [chunk] * len(seeds), len(steps.timesteps), shape)
-            view = past.view()
-            clean = sample_chunk(dit, text, view, [each.to(device) for each in noise], steps)
-            past = past.commit(context_pass(dit, text, view, clean))
+        for first in range(0, num_streams, _STREAMS_AT_ONCE):
+            text = TextContext.stack(streams[first : first + _STREAMS_AT_ONCE])
+            seeds = [seed + row for row in range(first, min(first + _STREAMS_AT_ONCE, num_streams))]
+            past = PureHistory(history, dit.cache_spec(), grid, dit.policy(history.policy, grid), device)
+            sampler.begin(first)
+            for chunk in range(num_chunks):
+                noise = chunk_noise(seeds, [chunk] * len(seeds), len(steps.timesteps), shape)
+                view = past.view()
+                clean = sample_chunk(dit, text, view, [each.to(device) for each in noise], steps)
+                past = past.commit(context_pass(dit, text, view, clean))
     finally:
-        kept = sampler.close()
-    return kept
+        sampler.close()
+    return sampler.samples()

@@ -9,6 +9,7 @@ Legend: n samples, w width, m targets, r rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,19 @@ from longtake.convert.dense import Linear
 
 _RIDGE = 1e-4
 """Of the mean variance of tokens: what directions that no sample shows count as."""
-_ANCHORS = (0.0, 0.5, 1.0, 2.0, 4.0)
+_ANCHORS = (0.0, 1.0, 4.0)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Tokens that entered a layer.
+
+    Args:
+        fitted_nw: what may be fitted to. ``held_out_nw``: of other streams, to judge by.
+    """
+
+    fitted_nw: Tensor
+    held_out_nw: Tensor
 
 
 @dataclass(frozen=True)
@@ -28,11 +41,13 @@ class Tokens:
     Args:
         mean_w: of tokens. ``root_ww``: a square root of their covariance (root @ root.T).
         samples_nw: some of them; None where nothing but mean and covariance is assumed.
+        judged_nw: some that errors are counted over; None where there are none.
     """
 
     mean_w: Tensor
     root_ww: Tensor
     samples_nw: Tensor | None = None
+    judged_nw: Tensor | None = None
 
     @classmethod
     def white(cls, width: int) -> Tokens:
@@ -40,23 +55,23 @@ class Tokens:
         return cls(torch.zeros(width).double(), torch.eye(width).double())
 
     @classmethod
-    def isotropic(cls, samples_nw: Tensor) -> Tokens:
+    def isotropic(cls, samples: Samples) -> Tokens:
         """Mean and size as of these, and alike in all directions around the mean."""
-        samples_nw = samples_nw.double()
+        samples_nw = samples.fitted_nw.double()
         mean_w = samples_nw.mean(0)
         scale = (samples_nw - mean_w).square().mean().sqrt()
-        return cls(mean_w, scale * torch.eye(len(mean_w)).double())
+        return cls(mean_w, scale * torch.eye(len(mean_w)).double(), None, samples.held_out_nw.double())
 
     @classmethod
-    def sampled(cls, samples_nw: Tensor) -> Tokens:
+    def sampled(cls, samples: Samples) -> Tokens:
         """As these are."""
-        samples_nw = samples_nw.double()
+        samples_nw = samples.fitted_nw.double()
         mean_w = samples_nw.mean(0)
         centred = samples_nw - mean_w
         covariance = centred.T @ centred / len(samples_nw)
         covariance += _RIDGE * covariance.diagonal().mean() * torch.eye(len(mean_w)).double()
         values, vectors = torch.linalg.eigh(covariance)
-        return cls(mean_w, vectors * values.clamp_min(0).sqrt(), samples_nw)
+        return cls(mean_w, vectors * values.clamp_min(0).sqrt(), samples_nw, samples.held_out_nw.double())
 
     def moment(self, linear: Linear) -> Tensor:
         """Second moment of what a linear map makes of tokens, ``[m, m]``."""
@@ -74,92 +89,134 @@ class Tokens:
 
 
 @dataclass(frozen=True)
+class Target:
+    """What factors are to compute, and how errors of it count.
+
+    Args:
+        linear: the map, or what comes closest to it.
+        exact: the same of tokens as it is, norms of queries and keys included.
+        metric_mm: an invertible square root of how much errors matter.
+    """
+
+    linear: Linear
+    exact: Callable[[Tensor], Tensor]
+    metric_mm: Tensor
+
+    def error(self, found_nm: Tensor, x_nw: Tensor, tokens: Tokens) -> float:
+        """Of what was found for some tokens, as a share of that of their mean."""
+        wanted_nm, mean_m = self.exact(x_nw), self.linear(tokens.mean_w[None])[0]
+        lost = ((found_nm - wanted_nm) @ self.metric_mm.T).square().sum()
+        there = ((wanted_nm - mean_m) @ self.metric_mm.T).square().sum()
+        return float(lost / there.clamp_min(1e-30))
+
+
+@dataclass(frozen=True)
 class Factors:
     """A low-rank map through a normed latent.
 
     Args:
         down: tokens to the latent before its norm. ``gain_r``: of the norm.
         up: normed latent to targets.
-        error: share of the targets' variance, under the metric, that is lost; None without samples.
     """
 
     down: Linear
     gain_r: Tensor
     up: Linear
-    error: float | None
 
     def latent(self, x_nw: Tensor, eps: float) -> Tensor:
         """``[n, r]``, normed."""
         raw = self.down(x_nw)
         return raw * torch.rsqrt(raw.square().mean(-1, keepdim=True) + eps) * self.gain_r
 
+    def __call__(self, x_nw: Tensor, eps: float) -> Tensor:
+        """What comes back, ``[n, m]``."""
+        return self.up(self.latent(x_nw, eps))
 
-def factorise(
-    target: Linear, tokens: Tokens, rank: int, eps: float, metric_mm: Tensor, wanted_nm: Tensor | None = None
-) -> Factors:
-    """The best factors of a map at a rank.
 
-    The norm would take the latent's size out of keys and values. Where there are samples, one channel may
-    therefore become a constant, so large as serves the samples best: beside it the norm hardly notices how
-    large the others are. The map back is then fitted to what is wanted, norm included.
+class LowRank:
+    """The best approximations of a target, whatever their rank.
 
     Args:
-        target: the map; its rows are weighed by a square root of the metric, ``metric_mm``, invertible.
+        target: what to approximate.
         tokens: over which the error is counted.
-        rank: of the latent.
-        eps: of its norm.
-        wanted_nm: for every sample what the map should give, where `target` only comes close to it.
     """
-    mean_m = target(tokens.mean_w[None])[0]
-    left, values, _ = torch.linalg.svd(metric_mm @ target.weight @ tokens.root_ww, full_matrices=False)
-    inverse_mm = torch.linalg.inv(metric_mm)
-    best: Factors | None = None
-    for anchor in _ANCHORS if tokens.samples_nw is not None and rank > 1 else _ANCHORS[:1]:
-        kept = min(rank - (anchor > 0), int((values > 1e-9 * values[0]).sum()))
+
+    def __init__(self, target: Target, tokens: Tokens) -> None:
+        self._target, self._tokens = target, tokens
+        weighed = target.metric_mm @ target.linear.weight @ tokens.root_ww
+        self._left, self._values, _ = torch.linalg.svd(weighed, full_matrices=False)
+
+    def gains(self) -> tuple[float, ...]:
+        """Of every rank the share of the error that its last direction takes away, so that a sum of the first
+        is what a rank keeps: over tokens to judge by, where there are some. There the sum of all may be less
+        than 1, since no linear map does what norms do; and a direction that only the samples know may cost.
+        """
+        judged_nw, target = self._tokens.judged_nw, self._target
+        if judged_nw is None:
+            energies = self._values.square()
+            return tuple((energies / energies.sum()).tolist())
+        mean_m = target.linear(self._tokens.mean_w[None])[0]
+        to_directions = target.metric_mm.T @ self._left
+        wanted_nm = target.exact(judged_nw) - mean_m
+        made = (target.linear(judged_nw) - mean_m) @ to_directions
+        gains = (made * (2 * (wanted_nm @ to_directions) - made)).sum(0)
+        there = (wanted_nm @ target.metric_mm.T).square().sum()
+        return tuple((gains / there.clamp_min(1e-30)).tolist())
+
+    def factors(self, rank: int, eps: float) -> Factors:
+        """The best factors at a rank.
+
+        The norm would take the latent's size out of keys and values. Where there are samples, one channel may
+        therefore become a constant, so large that beside it the norm hardly notices how large the others are,
+        if that serves the samples better. The map back is then fitted to what is wanted, norm included.
+
+        Args:
+            rank: of the latent.
+            eps: of its norm.
+        """
+        samples_nw = self._tokens.samples_nw
+        if samples_nw is None:
+            return self._anchored(rank, 0.0)
+        wanted_nm = self._target.exact(samples_nw)
+        found = []
+        for anchor in _ANCHORS if rank > 1 else _ANCHORS[:1]:
+            factors = _refitted(self._anchored(rank, anchor), samples_nw, wanted_nm, eps)
+            lost = (factors(samples_nw, eps) - wanted_nm) @ self._target.metric_mm.T
+            found.append((float(lost.square().sum()), factors))
+        return min(found, key=lambda each: each[0])[1]
+
+    def _anchored(self, rank: int, anchor: float) -> Factors:
+        """Factors whose last channel is a constant of this size beside the others' sum of squares, where it
+        is not 0.
+        """
+        target, mean_w = self._target, self._tokens.mean_w
+        known = int((self._values > 1e-9 * self._values[0]).sum())
+        kept = min(rank - (anchor > 0), known)
+        left, values = self._left[:, :kept], self._values[:kept]
         # Latents of mean 0 and variance 1: rows of left.T @ metric @ weight over their singular values.
-        weight = (left[:, :kept].T @ metric_mm @ target.weight) / values[:kept, None]
-        down_weight = torch.zeros(rank, weight.shape[1]).double()
-        down_weight[:kept] = weight
-        bias = -down_weight @ tokens.mean_w
+        down_weight = torch.zeros(rank, len(mean_w)).double()
+        down_weight[:kept] = (left.T @ target.metric_mm @ target.linear.weight) / values[:, None]
+        bias = -down_weight @ mean_w
         if anchor > 0:
             bias[-1] = anchor * rank**0.5
         size = ((kept + (anchor**2) * rank) / rank) ** 0.5  # root mean square of such a latent
         gain = torch.full((rank,), size).double()
         if anchor > 0:
             gain[-1] = size / bias[-1]
-        down = Linear(down_weight, bias)
-        back = inverse_mm @ (left[:, :kept] * values[:kept])
-        up_weight = torch.zeros(len(mean_m), rank).double()
-        up_weight[:, :kept] = back
-        found = Factors(down, gain, Linear(up_weight, mean_m), None)
-        if tokens.samples_nw is not None:
-            found = _refitted(found, tokens.samples_nw, target, eps, metric_mm, wanted_nm)
-        if best is None or (found.error or 0.0) < (best.error or 0.0):
-            best = found
-    assert best is not None
-    return best
+        up_weight = torch.zeros(len(target.metric_mm), rank).double()
+        up_weight[:, :kept] = torch.linalg.solve(target.metric_mm, left * values)
+        return Factors(Linear(down_weight, bias), gain, Linear(up_weight, target.linear(mean_w[None])[0]))
 
 
-def _refitted(
-    factors: Factors,
-    samples_nw: Tensor,
-    target: Linear,
-    eps: float,
-    metric_mm: Tensor,
-    wanted_nm: Tensor | None,
-) -> Factors:
-    """The map back that serves the samples best, and its error."""
-    wanted = target(samples_nw) if wanted_nm is None else wanted_nm
+def _refitted(factors: Factors, samples_nw: Tensor, wanted_nm: Tensor, eps: float) -> Factors:
+    """With the map back that serves the samples best."""
     latent = factors.latent(samples_nw, eps)
-    mean_r, mean_m = latent.mean(0), wanted.mean(0)
+    mean_r, mean_m = latent.mean(0), wanted_nm.mean(0)
     centred = latent - mean_r
     gram = centred.T @ centred
     gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram)).double()
-    weight = torch.linalg.solve(gram, centred.T @ (wanted - mean_m)).T
-    up = Linear(weight, mean_m - weight @ mean_r)
-    lost = ((up(latent) - wanted) @ metric_mm.T).square().sum()
-    there = ((wanted - mean_m) @ metric_mm.T).square().sum()
-    return Factors(factors.down, factors.gain_r, up, float(lost / there.clamp_min(1e-30)))
+    weight = torch.linalg.solve(gram, centred.T @ (wanted_nm - mean_m)).T
+    return Factors(factors.down, factors.gain_r, Linear(weight, mean_m - weight @ mean_r))
 
 
 def root_of(second_moment: Tensor) -> Tensor:

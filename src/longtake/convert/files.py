@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,39 +9,44 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from longtake.convert.bare import DIT_KEY, dit_config_of
+from longtake.cache.dense import dense_layout
+from longtake.cache.latent import latent_layout
+from longtake.convert.bare import BareWeights
 from longtake.convert.calibrate import sample_tokens
+from longtake.convert.factor import Samples
 from longtake.convert.network import Plan, convert_layers, is_replaced
 from longtake.convert.report import ConversionReport, LayerReport
 from longtake.convert.settings import Calibration, ConvertConfig
-from longtake.errors import CheckpointError
+from longtake.errors import CheckpointError, ConfigError, PromptError
 from longtake.io.checkpoints import (
-    STORED_TYPES,
-    check_finite,
-    check_names,
+    NETWORK_KEY,
+    STREAM_KEY,
     load_into,
-    read_weights,
     write_safetensors_by_one,
 )
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
+from longtake.models.latent_config import LatentConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import METADATA_KEY, ModelCard, load_networks, save_model
 from longtake.stream.pipeline import Pipeline, StreamConfig
+from longtake.world import sample_scene
+from longtake.world.vocabulary import LEVELS
 
+_NUM_CAPTIONS = 24
 Progress = Callable[[str], None]
 
 
 def convert_bundle(
-    path: Path, out: Path, config: ConvertConfig, prompts: list[str], progress: Progress
+    path: Path, out: Path, config: ConvertConfig, prompts: list[str] | None, progress: Progress
 ) -> ConversionReport:
     """One of our model files, text encoder and autoencoder included.
 
     Args:
         path: of the dense model. ``out``: of the latent one.
         config: what to make.
-        prompts: that it generates tokens under.
+        prompts: that it generates tokens under; None for captions of the world, as long as it reads them.
         progress: told in words what goes on.
 
     Raises:
@@ -55,6 +59,8 @@ def convert_bundle(
     plan = Plan(card.dit, config.latent(card.dit), config.method, config.seed)
     samples = None
     if config.num_tokens > 0:
+        if prompts is None:
+            prompts = _captions(networks["text"], config.seed)
         progress(f"{config.num_chunks} chunks under {len(prompts)} prompts")
         samples = _tokens_of(card.stream, networks, prompts, config)
     state = dit.state_dict()
@@ -76,12 +82,7 @@ def restore_bundle(path: Path, out: Path, config: ConvertConfig) -> ModelCard:
     card, networks = load_networks(path)
     if card.dit.latent is None:
         raise CheckpointError(f"{path}: the model's attention is dense", "convert it first")
-    latent = card.dit.latent.replace(storage=config.storage, debias=config.debias)
-    if latent == card.dit.latent:
-        raise CheckpointError(
-            f"{path}: the model's attention is latent already, and kept so",
-            "give a dense model, or another storage",
-        )
+    latent = _kept_otherwise(card.dit.latent, config, str(path))
     changed = card.replace(dit=card.dit.replace(latent=latent))
     _check_policy(DiT(changed.dit), card.stream, networks)
     save_model(out, changed, dict(networks.items()))
@@ -89,51 +90,72 @@ def restore_bundle(path: Path, out: Path, config: ConvertConfig) -> ModelCard:
 
 
 def convert_weights(
-    path: Path,
+    bare: BareWeights,
     out: Path,
     config: ConvertConfig,
-    num_heads: int | None,
     calibration: Calibration | None,
     progress: Progress,
 ) -> ConversionReport:
-    """Bare DiT weights with official, diffusers' or our names. Layers are converted one at a time, and
-    written one tensor at a time, in the type in which they came.
+    """Bare DiT weights. Layers are converted one at a time, in double precision; the file keeps the type in
+    which the weights came.
 
     Args:
-        path: of the dense weights. ``out``: of the latent ones, under our names.
+        bare: the dense weights.
+        out: file of the latent ones, under our names, which says what network it is of.
         config: what to make.
-        num_heads: of the network; None for heads of 128 channels, as Wan's.
         calibration: None fits to nothing.
         progress: told in words what goes on.
 
     Raises:
-        CheckpointError: unreadable, or not writable. ConfigError: sizes that do not fit.
+        CheckpointError: not writable. ConfigError: sizes that do not fit.
     """
-    state = read_weights(path)
-    strange = sorted({str(tensor.dtype) for tensor in state.values()} - {str(kind) for kind in STORED_TYPES})
-    if strange:
-        raise CheckpointError(
-            f"{path} holds numbers of type {', '.join(strange)}", "give weights in bf16, fp16 or fp32"
-        )
-    dense = dit_config_of(state, num_heads, str(path))
-    with torch.device("meta"):
-        names = DiT(dense).state_dict()
-    check_names(names, state, str(path), "fetch it again, or give the whole model")
-    check_finite(state, str(path))
-    plan = Plan(dense, config.latent(dense), config.method, config.seed)
+    plan = Plan(bare.config, config.latent(bare.config), config.method, config.seed)
     samples = None
     if calibration is not None and config.num_tokens > 0:
-        progress(f"{config.num_chunks} chunks for {config.num_tokens} tokens of every layer")
-        samples = _tokens_of_bare(dense, state, calibration, config, str(path))
-    plan, weights, report = _converted(plan, state, samples, config, str(path), progress)
-    kind = state["patch_embedding.weight"].dtype
-    kept = {name: tensor for name, tensor in state.items() if not is_replaced(name)}
-    shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in kept.items()}
-    shapes |= {name: (tuple(tensor.shape), kind) for name, tensor in weights.items()}
+        progress(f"{config.num_chunks} chunks a stream for {config.num_tokens} tokens of every layer")
+        samples = _tokens_of_bare(bare, calibration, config)
+    plan, weights, report = _converted(plan, bare.state, samples, config, bare.source, progress)
+    kept = {name: tensor for name, tensor in bare.state.items() if not is_replaced(name)}
     progress(f"writing {out}")
-    metadata = {DIT_KEY: plan.config.dumps()}
-    write_safetensors_by_one(out, shapes, lambda name: (weights if name in weights else kept)[name], metadata)
+    _write_bare(out, plan.config, {**kept, **weights}, bare)
     return report
+
+
+def restore_weights(bare: BareWeights, out: Path, config: ConvertConfig) -> DiTConfig:
+    """Bare weights that are latent already, with their latents kept otherwise; weights stay. Returns what
+    they are then.
+
+    Raises:
+        CheckpointError: not writable, or latents that are kept so.
+    """
+    assert bare.config.latent is not None
+    changed = bare.config.replace(latent=_kept_otherwise(bare.config.latent, config, bare.source))
+    _write_bare(out, changed, bare.state, bare)
+    return changed
+
+
+def _write_bare(out: Path, dit: DiTConfig, state: Mapping[str, Tensor], origin: BareWeights) -> None:
+    """Weights in the type of those that they come from, saying what they are."""
+    kind = origin.state["patch_embedding.weight"].dtype
+    shapes = {
+        name: (tuple(tensor.shape), origin.state[name].dtype if name in origin.state else kind)
+        for name, tensor in state.items()
+    }
+    told = {NETWORK_KEY: dit.dumps()}
+    if origin.stream is not None:
+        told[STREAM_KEY] = origin.stream.dumps()
+    write_safetensors_by_one(out, shapes, state.__getitem__, told)
+
+
+def _kept_otherwise(latent: LatentConfig, config: ConvertConfig, source: str) -> LatentConfig:
+    """What is told of latents that are to be kept as a configuration says."""
+    changed = latent.replace(storage=config.storage, debias=config.debias)
+    if changed == latent:
+        raise CheckpointError(
+            f"{source}: the model's attention is latent already, and kept so",
+            "give a dense model, or another storage",
+        )
+    return changed
 
 
 def is_bundle(path: Path) -> bool:
@@ -158,41 +180,67 @@ def _check_policy(dit: DiT, stream: StreamConfig, networks: nn.ModuleDict) -> No
 def _converted(
     plan: Plan,
     state: Mapping[str, Tensor],
-    samples: list[Tensor] | None,
+    samples: list[Samples] | None,
     config: ConvertConfig,
     source: str,
     progress: Progress,
 ) -> tuple[Plan, dict[str, Tensor], ConversionReport]:
-    if samples is not None and len(samples[0]) < 2 * plan.dense.width:
+    num_tokens, num_held_out = (
+        (len(samples[0].fitted_nw), len(samples[0].held_out_nw)) if samples is not None else (0, 0)
+    )
+    if samples is not None and num_tokens < 2 * plan.dense.width:
         progress(
-            f"only {len(samples[0])} tokens for {plan.dense.width} channels: what is fitted to so few may "
-            "not hold for others; generate more chunks"
+            f"only {num_tokens} tokens for {plan.dense.width} channels: what is fitted to so few may not "
+            "hold for others; generate more chunks"
         )
-    plan, predicted = config.chosen(plan, state, samples)
+    plan = config.chosen(plan, state, samples)
     weights: dict[str, Tensor] = {}
     rows: list[LayerReport] = []
     dense, ranks = plan.dense, plan.latent.ranks(plan.dense.num_layers)
     for layer, made in convert_layers(plan, state, samples):
         weights |= {f"blocks.{layer}.self_attn.{name}": t for name, t in made.weights.items()}
-        rows.append(LayerReport.of(layer, ranks[layer], predicted[layer], made))
+        rows.append(LayerReport.of(layer, ranks[layer], made))
         progress(f"layer {layer + 1} of {dense.num_layers}")
+    before = dense_layout(dense.num_layers, dense.num_heads, dense.head_dim)
+    after = latent_layout(ranks, plan.latent.rope(dense.head_dim), plan.latent.storage)
     return (
         plan,
         weights,
         ConversionReport(
             source=source,
             method=config.method,
-            num_tokens=0 if samples is None else len(samples[0]),
+            num_tokens=num_tokens,
+            num_held_out=num_held_out,
             dense_numbers=2 * dense.width * dense.num_layers,
             latent_numbers=sum(ranks) + dense.num_layers * plan.latent.rope_dim,
+            dense_bytes=before.bytes_per_token(torch.bfloat16),
+            latent_bytes=after.bytes_per_token(torch.bfloat16),
             layers=tuple(rows),
         ),
     )
 
 
+def _captions(text: nn.Module, seed: int) -> list[str]:
+    """Of the world, of all its levels, those that a text encoder reads whole."""
+    assert isinstance(text, TinyTextEncoder)
+    read: list[str] = []
+    for index in range(_NUM_CAPTIONS * 50):
+        caption = sample_scene(seed + index, LEVELS[index % len(LEVELS)]).caption
+        try:
+            text.tokenize([caption])
+        except PromptError:
+            continue
+        read.append(caption)
+        if len(read) == _NUM_CAPTIONS:
+            break
+    if not read:
+        raise ConfigError("the model reads no caption of the world", "give prompts")
+    return read
+
+
 def _tokens_of(
     stream: StreamConfig, networks: nn.ModuleDict, prompts: list[str], config: ConvertConfig
-) -> list[Tensor]:
+) -> list[Samples]:
     dit, vae, text = networks["dit"], networks["vae"], networks["text"]
     assert isinstance(dit, DiT)
     assert isinstance(vae, TinyVAE)
@@ -212,32 +260,18 @@ def _tokens_of(
     )
 
 
-def _tokens_of_bare(
-    dense: DiTConfig,
-    state: Mapping[str, Tensor],
-    calibration: Calibration,
-    config: ConvertConfig,
-    source: str,
-) -> list[Tensor]:
-    with torch.device("meta"):
-        dit = DiT(dense)
-    dit.to_empty(device="cpu")
-    load_into(dit, state, source)
-    dit.eval().requires_grad_(False)
+def _tokens_of_bare(bare: BareWeights, calibration: Calibration, config: ConvertConfig) -> list[Samples]:
+    dit = bare.network()
+    dtype = dit.patch_embedding.weight.dtype
     with torch.no_grad():
-        texts = [dit.encode_text(row[None].float()) for row in calibration.embeddings_nlw]
+        texts = [dit.encode_text(row[None].to(dtype)) for row in calibration.embeddings_nlw]
     return sample_tokens(
         dit,
         texts,
         calibration.history,
         calibration.schedule.resolve(),
-        (dense.in_channels, *calibration.latent_size),
+        (bare.config.in_channels, *calibration.latent_size),
         config.num_chunks,
         config.num_tokens,
         config.seed,
     )
-
-
-def report_json(report: ConversionReport) -> str:
-    """With what follows from its figures."""
-    return json.dumps({**json.loads(report.dumps()), "saved": report.saved}, indent=2) + "\n"

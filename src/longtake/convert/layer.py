@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from longtake.convert.dense import DenseLayer, Linear
-from longtake.convert.factor import Tokens, effective_ranks, factorise, root_of
-from longtake.models.latent import LatentAttention
+from longtake.convert.factor import Factors, LowRank, Target, Tokens, effective_ranks, root_of
+from longtake.convert.ranks import lost
+from longtake.models.latent import LEAST_TURN, LatentAttention
 from longtake.models.latent_config import LatentConfig
 
 Method = Literal["svd", "covariance", "random"]
@@ -51,13 +53,16 @@ class Converted:
         weights: of a `LatentAttention`.
         dense, latent: spectra of the dense matrices, keys with their norm's gain, and of the product that
             makes values and the keys without positions.
-        kv_error, q_error, rope_error: shares of the variance lost by keys and values (as errors matter), by
-            queries, and by keys with positions, which all heads share, over sampled tokens; None without.
+        predicted_loss: of keys and values, as errors matter, at the rank (see `ranks.lost`); None for
+            "random".
+        kv_error, q_error, rope_error: shares lost by keys and values (as errors matter), by queries, and by
+            keys with positions, which all heads share, over tokens to judge by; None without.
     """
 
     weights: dict[str, Tensor]
     dense: LayerSpectrum
     latent: LayerSpectrum
+    predicted_loss: float | None
     kv_error: float | None
     q_error: float | None
     rope_error: float | None
@@ -85,42 +90,59 @@ def convert_layer(
     put("o", dense.o)
     put("k_rope", parts.shared_key)
     weights["turns"] = torch.view_as_real(parts.turns_hp)
-    q_error = _queries(parts, config, tokens, dense.eps, put, weights)
-    factors = factorise(parts.content, tokens, kv_rank, dense.eps, parts.metric, parts.wanted_content)
-    down, gain, up = factors.down, factors.gain_r, factors.up
+    queries: Callable[[Tensor], Tensor] = parts.query.linear
+    query_up = parts.query.linear
+    if config.query_rank is not None:
+        factors = LowRank(parts.query, tokens).factors(config.query_rank, dense.eps)
+        put("q_down", factors.down)
+        weights["norm_q.weight"] = factors.gain_r
+        queries, query_up = partial(factors, eps=dense.eps), factors.up
+    split = dense.num_heads * config.nope_dim
+    put("q_nope", Linear(query_up.weight[:split], query_up.bias[:split]))
+    put("q_rope", Linear(query_up.weight[split:], query_up.bias[split:]))
+    predicted = None
     if method == "random":
-        made = LatentAttention(dense.width, dense.num_heads, dense.eps, config, kv_rank)
-        generator = torch.Generator().manual_seed(seed)
-        for name in ("kv_down", "k_up", "v_up"):
-            linear = getattr(made, name)
-            assert isinstance(linear, nn.Linear)
-            nn.init.xavier_uniform_(linear.weight, generator=generator)
-            nn.init.zeros_(linear.bias)
-            put(name, Linear(linear.weight.detach().double(), linear.bias.detach().double()))
-        gain = torch.ones_like(gain)
-        up = Linear(torch.cat([weights["k_up.weight"], weights["v_up.weight"]]), up.bias)
-        down = Linear(weights["kv_down.weight"], weights["kv_down.bias"])
+        made = _drawn(dense, config, kv_rank, seed)
     else:
-        put("kv_down", down)
-        split = dense.num_heads * config.nope_dim
-        put("k_up", Linear(up.weight[:split], up.bias[:split]))
-        put("v_up", Linear(up.weight[split:], up.bias[split:]))
-    weights["norm_kv.weight"] = gain
+        best = LowRank(parts.content, tokens)
+        predicted, made = lost(best.gains(), kv_rank), best.factors(kv_rank, dense.eps)
+    put("kv_down", made.down)
+    put("k_up", Linear(made.up.weight[:split], made.up.bias[:split]))
+    put("v_up", Linear(made.up.weight[split:], made.up.bias[split:]))
+    weights["norm_kv.weight"] = made.gain_r
+    judged = tokens.judged_nw
     return Converted(
         {name: tensor.float() for name, tensor in weights.items()},
         LayerSpectrum.of(torch.cat([_with_gain(dense.k, dense.k_gain).weight, dense.v.weight])),
-        LayerSpectrum.of((up.weight * gain) @ down.weight),
-        None if method == "random" else factors.error,
-        q_error,
-        parts.rope_error,
+        LayerSpectrum.of((made.up.weight * made.gain_r) @ made.down.weight),
+        predicted,
+        None if judged is None else parts.content.error(made(judged, dense.eps), judged, tokens),
+        None if judged is None else parts.query.error(queries(judged), judged, tokens),
+        None if judged is None else parts.rope_error(judged),
     )
 
 
-def weighed_energies(dense: DenseLayer, config: LatentConfig, tokens: Tokens) -> tuple[float, ...]:
-    """Squared singular values of what a layer's latent has to hold, as errors matter, largest first."""
-    parts = _Parts(dense, config, tokens)
-    values = torch.linalg.svdvals(parts.metric @ parts.content.weight @ tokens.root_ww)
-    return tuple(values.square().tolist())
+def gains_of(dense: DenseLayer, config: LatentConfig, tokens: Tokens) -> tuple[float, ...]:
+    """What each number of a layer's latent gains (see `factor.LowRank.gains`)."""
+    return LowRank(_Parts(dense, config, tokens).content, tokens).gains()
+
+
+def _drawn(dense: DenseLayer, config: LatentConfig, kv_rank: int, seed: int) -> Factors:
+    """Factors of keys and values that know nothing of the layer."""
+    made = LatentAttention(dense.width, dense.num_heads, dense.eps, config, kv_rank)
+    generator = torch.Generator().manual_seed(seed)
+    weights = []
+    for name in ("kv_down", "k_up", "v_up"):
+        linear = getattr(made, name)
+        assert isinstance(linear, nn.Linear)
+        nn.init.xavier_uniform_(linear.weight, generator=generator)
+        weights.append(linear.weight.detach().double())
+    down, up = weights[0], torch.cat(weights[1:])
+    return Factors(
+        Linear(down, torch.zeros(len(down)).double()),
+        torch.ones(kv_rank).double(),
+        Linear(up, torch.zeros(len(up)).double()),
+    )
 
 
 class _Parts:
@@ -137,34 +159,41 @@ class _Parts:
         self._sharpness = ((config.nope_dim + config.rope_dim) / dim) ** 0.5
         samples = tokens.samples_nw
         self._key_nhd: Tensor | None = None
+        values = _as_heads(dense.v, heads)
         if samples is None:
             queries = _as_heads(_normed_at_typical_size(dense.q, dense.q_gain, tokens), heads)
             keys = _as_heads(_normed_at_typical_size(dense.k, dense.k_gain, tokens), heads)
-            values = _as_heads(dense.v, heads)
             self._query_moment_hdd = torch.stack([tokens.moment(head) for head in queries])
             spreads = [head.weight @ tokens.root_ww for head in values]
             value_moment_hdd = torch.stack([spread @ spread.T for spread in spreads])
         else:
             query_nhd, value_nhd = dense.queries(samples), dense.values(samples)
-            key_nhd = self._key_nhd = dense.keys(samples)
             self._query_moment_hdd = _sample_moment(query_nhd)
             value_moment_hdd = _sample_moment(value_nhd - value_nhd.mean(0))
             queries = _as_heads(tokens.fit(query_nhd.flatten(1)), heads)
+            key_nhd = self._key_nhd = dense.keys(samples)
             keys = _as_heads(tokens.fit(key_nhd.flatten(1)), heads)
-            values = _as_heads(dense.v, heads)
-        turns_hp = self.turns_hp = self._share_keys(keys, tokens)
-        self.query = self._latent_queries(queries, turns_hp)
-        self.content = _joined(self._nope(keys), values)
-        self.wanted_content = None
-        self.wanted_query = None
-        if samples is not None:
-            nope = self._nope_samples(key_nhd)
-            self.wanted_content = torch.cat([nope.flatten(1), value_nhd.flatten(1)], dim=1)
-            turned = self._turned(query_nhd[..., list(self.turning)], turns_hp)
-            nope = self._nope_samples(query_nhd)
-            self.wanted_query = self._sharpness * torch.cat([nope.flatten(1), turned.flatten(1)], dim=1)
-        self.metric = self._metric(value_moment_hdd)
-        self.rope_error = None if samples is None else self._rope_error(samples)
+        self.turns_hp = self._share_keys(keys, tokens)
+        query = self._latent_queries(queries)
+        self.query = Target(query, self._exact_queries, torch.eye(len(query.bias)).double())
+        self.content = Target(
+            _joined(self._nope(keys), values), self._exact_content, self._metric(value_moment_hdd)
+        )
+
+    def _exact_content(self, x_nw: Tensor) -> Tensor:
+        """Keys without positions of all heads, then values."""
+        keys = self._nope_samples(self._dense.keys(x_nw))
+        return torch.cat([keys.flatten(1), self._dense.values(x_nw).flatten(1)], dim=1)
+
+    def _exact_queries(self, x_nw: Tensor) -> Tensor:
+        """Queries without positions of all heads, then those with, as they meet the shared key."""
+        query_nhd = self._dense.queries(x_nw)
+        pairs_nhp2 = torch.unflatten(query_nhd[..., list(self.turning)], -1, (-1, 2))
+        turned = torch.view_as_complex(pairs_nhp2.contiguous()) * self.turns_hp.conj()
+        still = self._nope_samples(query_nhd)
+        joined = torch.cat([still.flatten(1), torch.view_as_real(turned).flatten(1)], dim=1)
+        queries: Tensor = self._sharpness * joined
+        return queries
 
     def _nope(self, maps: list[Linear]) -> list[Linear]:
         """Of every head the channels that do not turn, zeros where there are more than it had."""
@@ -197,7 +226,10 @@ class _Parts:
             together = vectors[:, -1].sum()
             vector_h = vectors[:, -1] / (together.sgn() if together.abs() > 1e-9 else 1)  # turned little
             stretch = (vector_h / weight_h).abs().square().mean().sqrt()
-            turns.append(vector_h / weight_h / stretch)
+            turn_h = vector_h / weight_h / stretch
+            # Nothing at all could not be turned back, for keys that are read as they are (a memory's).
+            little = turn_h.abs() < LEAST_TURN
+            turns.append(torch.where(little, LEAST_TURN * (turn_h + 1e-30).sgn(), turn_h))
             combine_h = vector_h.conj() * weight_h * stretch
             shared_pw.append(combine_h @ maps_hpw[:, pair])
             shared_p.append(combine_h @ bias_hp[:, pair])
@@ -216,11 +248,11 @@ class _Parts:
         mean_h = maps_hw @ tokens.mean_w.type_as(maps_hw) + bias_h
         return spread @ spread.conj().T + mean_h[:, None] * mean_h.conj()[None]
 
-    def _latent_queries(self, queries: list[Linear], turns_hp: Tensor) -> Linear:
-        """Queries without positions of all heads, then those with, as they meet the shared key."""
+    def _latent_queries(self, queries: list[Linear]) -> Linear:
+        """The linear map that comes closest to `_exact_queries`, from those of queries."""
         pairs = torch.tensor(self.turning).view(-1, 2)
         turned = []
-        for head, turn_p in zip(queries, turns_hp, strict=True):
+        for head, turn_p in zip(queries, self.turns_hp, strict=True):
             weight = turn_p.conj()[:, None] * _pair_maps(head.weight, pairs)
             bias = turn_p.conj() * _pair_maps(head.bias[:, None], pairs)[:, 0]
             turned.append(
@@ -231,11 +263,6 @@ class _Parts:
             )
         joined = _joined(self._nope(queries), turned)
         return Linear(self._sharpness * joined.weight, self._sharpness * joined.bias)
-
-    @staticmethod
-    def _turned(pairs_nhp: Tensor, turns_hp: Tensor) -> Tensor:
-        as_complex = torch.view_as_complex(torch.unflatten(pairs_nhp, -1, (-1, 2)).contiguous())
-        return torch.view_as_real(as_complex * turns_hp.conj()).flatten(-2)
 
     def _metric(self, value_moment_hdd: Tensor) -> Tensor:
         """How much errors of keys and values matter, as a block-diagonal square root.
@@ -260,42 +287,14 @@ class _Parts:
             floor = torch.ones_like(floor)
         return metric.diagonal_scatter(metric.diagonal() + floor)
 
-    def _rope_error(self, samples_nw: Tensor) -> float:
+    def rope_error(self, x_nw: Tensor) -> float:
         """Share of the variance of heads' turning keys that the shared one, turned, does not hold."""
-        assert self._key_nhd is not None
-        pairs = torch.unflatten(self._key_nhd[..., list(self.turning)], -1, (-1, 2))
+        pairs = torch.unflatten(self._dense.keys(x_nw)[..., list(self.turning)], -1, (-1, 2))
         key_nhp = torch.view_as_complex(pairs.contiguous())
-        shared = torch.unflatten(self.shared_key(samples_nw.double()), -1, (-1, 2))
+        shared = torch.unflatten(self.shared_key(x_nw), -1, (-1, 2))
         shared_n1p = torch.view_as_complex(shared.contiguous()).unsqueeze(1)
-        lost = (key_nhp - shared_n1p * self.turns_hp).abs().square().sum()
-        return float(lost / (key_nhp - key_nhp.mean(0)).abs().square().sum().clamp_min(1e-30))
-
-
-def _queries(
-    parts: _Parts,
-    config: LatentConfig,
-    tokens: Tokens,
-    eps: float,
-    put: Callable[[str, Linear], None],
-    weights: dict[str, Tensor],
-) -> float | None:
-    """Sets the products that make queries; returns their error."""
-    heads = parts.query.weight.shape[0] // (config.nope_dim + config.rope_dim)
-    split = heads * config.nope_dim
-    query, error = parts.query, None
-    if config.query_rank is not None:
-        metric = torch.eye(len(query.bias)).double()
-        factors = factorise(query, tokens, config.query_rank, eps, metric, parts.wanted_query)
-        put("q_down", factors.down)
-        weights["norm_q.weight"] = factors.gain_r
-        query, error = factors.up, factors.error
-    elif parts.wanted_query is not None and tokens.samples_nw is not None:
-        lost = (query(tokens.samples_nw) - parts.wanted_query).square().sum()
-        centred = parts.wanted_query - parts.wanted_query.mean(0)
-        error = float(lost / centred.square().sum().clamp_min(1e-30))
-    put("q_nope", Linear(query.weight[:split], query.bias[:split]))
-    put("q_rope", Linear(query.weight[split:], query.bias[split:]))
-    return error
+        missed = (key_nhp - shared_n1p * self.turns_hp).abs().square().sum()
+        return float(missed / (key_nhp - key_nhp.mean(0)).abs().square().sum().clamp_min(1e-30))
 
 
 def _as_heads(linear: Linear, heads: int) -> list[Linear]:

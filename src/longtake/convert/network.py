@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from longtake.convert.dense import DenseLayer
-from longtake.convert.factor import Tokens
-from longtake.convert.layer import Converted, Method, convert_layer, weighed_energies
+from longtake.convert.factor import Samples, Tokens
+from longtake.convert.layer import Converted, Method, convert_layer, gains_of
 from longtake.errors import ConfigError
 from longtake.models.dit_config import DiTConfig
 from longtake.models.latent_config import LatentConfig
@@ -55,14 +55,14 @@ class Plan:
 
 
 def convert_layers(
-    plan: Plan, weights: Mapping[str, Tensor], samples: Sequence[Tensor] | None
+    plan: Plan, weights: Mapping[str, Tensor], samples: Sequence[Samples] | None
 ) -> Iterator[tuple[int, Converted]]:
     """Every layer with its conversion, one at a time.
 
     Args:
         plan: what to make.
         weights: of the dense network, under our names; only self-attention is read, when its turn comes.
-        samples: of every layer the tokens that enter it, ``[n, w]``; None for method "svd".
+        samples: of every layer tokens that enter it; None for methods that can do without.
 
     Raises:
         ConfigError: no samples for a method that needs them.
@@ -77,13 +77,13 @@ def convert_layers(
         yield layer, made
 
 
-def layer_energies(
-    plan: Plan, weights: Mapping[str, Tensor], samples: Sequence[Tensor] | None
+def layer_gains(
+    plan: Plan, weights: Mapping[str, Tensor], samples: Sequence[Samples] | None
 ) -> list[tuple[float, ...]]:
     """Of every layer what `ranks` chooses by; arguments as of `convert_layers`."""
     dense = plan.dense
     return [
-        weighed_energies(
+        gains_of(
             DenseLayer.of(weights, layer, dense.num_heads, dense.eps),
             plan.latent,
             _tokens(plan, None if samples is None else samples[layer]),
@@ -92,11 +92,11 @@ def layer_energies(
     ]
 
 
-def _tokens(plan: Plan, samples_nw: Tensor | None) -> Tokens:
+def _tokens(plan: Plan, samples: Samples | None) -> Tokens:
     """What a method is told of the tokens: "svd" takes their size alone, for the weights to keep theirs."""
-    if samples_nw is None:
+    if samples is None:
         return Tokens.white(plan.dense.width)
-    return Tokens.isotropic(samples_nw) if plan.method == "svd" else Tokens.sampled(samples_nw)
+    return Tokens.isotropic(samples) if plan.method == "svd" else Tokens.sampled(samples)
 
 
 def is_replaced(name: str) -> bool:

@@ -1,83 +1,101 @@
 """Choosing every layer's rank: for a number of bytes a token, or for a loss.
 
-Of a layer's squared singular values (of keys and values over the tokens that come, weighed as errors matter)
-those beyond the rank are lost. Each layer's are counted as shares of their sum, so that layers count alike.
-Taking the largest share that is left, wherever it is, is the best use of a budget, since within a layer they
-fall.
+Of every layer it is known what share of its error each further number of the latent takes away
+(`factor.LowRank.gains`: of keys and values over the tokens that come, weighed as errors matter), so that
+layers count alike. Taking what gains most for its bytes, wherever it is, is the best use of a budget where
+the gains of a layer fall and every number costs the same; nearly so elsewhere.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from longtake.errors import ConfigError
 
-BYTES_PER_NUMBER = 2
-"""What budgets are counted in: bf16."""
 
-
-def lost(energies: Sequence[float], rank: int) -> float:
-    """Share of a layer's energy beyond a rank, predicted loss of keys and values."""
-    total = sum(energies)
-    return sum(energies[rank:]) / total if total > 0 else 0.0
+def lost(gains: Sequence[float], rank: int) -> float:
+    """Share of a layer's keys and values that is predicted to be lost at a rank."""
+    return max(0.0, 1.0 - sum(gains[:rank]))
 
 
 def ranks_for_budget(
-    energies: Sequence[Sequence[float]], budget_bytes: int, rope_dim: int, multiple: int = 1
+    gains: Sequence[Sequence[float]],
+    budget_bytes: int,
+    bytes_of: Callable[[int], int],
+    multiple: int = 1,
+    *,
+    one_rank: bool = False,
 ) -> tuple[int, ...]:
     """The ranks that lose least, of all whose caches fit.
 
     Args:
-        energies: of every layer, largest first.
-        budget_bytes: that a token may leave in all layers' caches, shared keys included.
-        rope_dim: of the shared keys.
+        gains: of every layer, what each number of its latent gains.
+        budget_bytes: that a token may leave in all layers' caches.
+        bytes_of: what a layer of a rank takes of it, shared key included.
         multiple: ranks are multiples of this.
+        one_rank: the same for all layers.
 
     Raises:
         ConfigError: a budget that does not hold the least rank of every layer.
     """
-    layers = len(energies)
-    left = budget_bytes // BYTES_PER_NUMBER - layers * (rope_dim + multiple)
-    if left < 0:
-        least = layers * (rope_dim + multiple) * BYTES_PER_NUMBER
+    layers = len(gains)
+    if budget_bytes < layers * bytes_of(multiple):
         raise ConfigError(
-            f"budget_bytes={budget_bytes} holds no rank of {multiple} beside keys of {rope_dim} numbers in "
-            f"{layers} layers",
-            f"use {least} or more",
+            f"budget_bytes={budget_bytes} holds no rank of {multiple} in {layers} layers",
+            f"use {layers * bytes_of(multiple)} or more",
         )
+    most = max(multiple, min(map(len, gains)) // multiple * multiple)
+    if one_rank:
+        fitting = (rank for rank in range(most, 0, -multiple) if layers * bytes_of(rank) <= budget_bytes)
+        return (next(fitting),) * layers
     ranks = [multiple] * layers
+    left = budget_bytes - layers * bytes_of(multiple)
 
-    def gain(layer: int) -> float:
-        rank = ranks[layer]
-        return sum(energies[layer][rank : rank + multiple]) / max(sum(energies[layer]), 1e-30)
+    def cost(layer: int) -> int:
+        return bytes_of(ranks[layer] + multiple) - bytes_of(ranks[layer])
 
-    heap = [(-gain(layer), layer) for layer in range(layers)]
+    def offer(layer: int) -> tuple[float, int]:
+        gain = sum(gains[layer][ranks[layer] : ranks[layer] + multiple])
+        return -(gain / cost(layer) if cost(layer) else math.inf), layer
+
+    heap = [offer(layer) for layer in range(layers)]
     heapq.heapify(heap)
-    while heap and left >= multiple:
+    while heap:
         _, layer = heapq.heappop(heap)
-        if ranks[layer] + multiple > len(energies[layer]):
+        if ranks[layer] + multiple > len(gains[layer]) or cost(layer) > left:
             continue
+        left -= cost(layer)
         ranks[layer] += multiple
-        left -= multiple
-        heapq.heappush(heap, (-gain(layer), layer))
+        heapq.heappush(heap, offer(layer))
     return tuple(ranks)
 
 
 def ranks_for_loss(
-    energies: Sequence[Sequence[float]], max_loss: float, multiple: int = 1
+    gains: Sequence[Sequence[float]], max_loss: float, multiple: int = 1, *, one_rank: bool = False
 ) -> tuple[int, ...]:
     """Of every layer the least rank beyond which no more than a share is lost.
 
     Args:
-        energies: of every layer, largest first.
+        gains: of every layer, what each number of its latent gains.
         max_loss: the share, below 1.
         multiple: ranks are multiples of this, or all there is.
+        one_rank: the largest of them for all layers.
+
+    Raises:
+        ConfigError: a layer loses more at any rank.
     """
     ranks = []
-    for of_layer in energies:
-        rank = min(multiple, len(of_layer))
-        while rank < len(of_layer) and lost(of_layer, rank) > max_loss:
-            rank = min(rank + multiple, len(of_layer))
-        ranks.append(rank)
-    return tuple(ranks)
+    for layer, of_layer in enumerate(gains):
+        possible = [*range(min(multiple, len(of_layer)), len(of_layer), multiple), len(of_layer)]
+        fitting = [rank for rank in possible if lost(of_layer, rank) <= max_loss + 1e-12]
+        if not fitting:
+            least = max(min(lost(each, rank) for rank in range(1, len(each) + 1)) for each in gains)
+            raise ConfigError(
+                f"max_loss={max_loss:g}, but layer {layer} loses more at any rank: to norms of keys, which "
+                "no linear map makes, or to there being few tokens",
+                f"use {math.ceil(1000 * least - 1e-9) / 1000:g} or more, or fit to more tokens",
+            )
+        ranks.append(fitting[0])
+    return (max(ranks),) * len(ranks) if one_rank else tuple(ranks)

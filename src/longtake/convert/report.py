@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,9 @@ class LayerReport(Config):
         energy: share of it that the first `kv_rank` of them hold.
         latent_ranks: as `dense_ranks`, of the product that replaces them.
         dense_energies, latent_energies: cumulated shares.
-        predicted_loss: share of keys and values, as errors matter, beyond the rank (`ranks.lost`).
-        kv_error, q_error, rope_error: shares of the variance lost, see `layer.Converted`.
+        predicted_loss: share of keys and values, as errors matter, that the rank was predicted to lose
+            (`ranks.lost`); None for ranks that hold nothing of the layer.
+        kv_error, q_error, rope_error: shares lost, over tokens that nothing was fitted to; None without.
     """
 
     layer: int
@@ -31,13 +33,13 @@ class LayerReport(Config):
     latent_ranks: tuple[int, ...]
     dense_energies: tuple[float, ...]
     latent_energies: tuple[float, ...]
-    predicted_loss: float
+    predicted_loss: float | None
     kv_error: float | None
     q_error: float | None
     rope_error: float | None
 
     @classmethod
-    def of(cls, layer: int, kv_rank: int, predicted_loss: float, made: Converted) -> LayerReport:
+    def of(cls, layer: int, kv_rank: int, made: Converted) -> LayerReport:
         """Of a converted layer."""
         dense, latent = _cumulated(made.dense.energies), _cumulated(made.latent.energies)
         return cls(
@@ -48,7 +50,7 @@ class LayerReport(Config):
             latent_ranks=made.latent.ranks,
             dense_energies=dense,
             latent_energies=latent,
-            predicted_loss=predicted_loss,
+            predicted_loss=made.predicted_loss,
             kv_error=made.kv_error,
             q_error=made.q_error,
             rope_error=made.rope_error,
@@ -60,22 +62,32 @@ class ConversionReport(Config):
 
     Attributes:
         source: of the dense weights. ``method``: of factorisation.
-        num_tokens: that every layer was fitted to; 0 where it was not.
+        num_tokens: of every layer that it was fitted to (by "svd": that it has its size from); 0 for none.
+        num_held_out: of every layer, of other streams, that errors were measured with.
         dense_numbers, latent_numbers: that a token leaves in all layers' caches.
+        dense_bytes, latent_bytes: the same in bytes, in bf16 and as the latents are stored.
         layers: one each.
     """
 
     source: str
     method: str
     num_tokens: int
+    num_held_out: int
     dense_numbers: int
     latent_numbers: int
+    dense_bytes: int
+    latent_bytes: int
     layers: tuple[LayerReport, ...]
 
     @property
     def saved(self) -> float:
-        """Share of the cache that is gone."""
-        return 1 - self.latent_numbers / self.dense_numbers
+        """Share of the cache's bytes that is gone."""
+        return 1 - self.latent_bytes / self.dense_bytes
+
+
+def report_json(report: ConversionReport) -> str:
+    """With what follows from its figures."""
+    return json.dumps({**json.loads(report.dumps()), "saved": report.saved}, indent=2) + "\n"
 
 
 def table(report: ConversionReport) -> list[str]:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from longtake.cache.latent import latent_layout
 from longtake.cache.quantized import Storage
 from longtake.config import Config
+from longtake.convert.factor import Samples
 from longtake.convert.layer import Method
-from longtake.convert.network import Plan, layer_energies
-from longtake.convert.ranks import lost, ranks_for_budget, ranks_for_loss
+from longtake.convert.network import Plan, layer_gains
+from longtake.convert.ranks import ranks_for_budget, ranks_for_loss
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
@@ -26,15 +29,17 @@ class ConvertConfig(Config):
     Args:
         method: see `network.Plan`.
         kv_rank: of the latent, for all layers or one each; None is an eighth of the width, as in VideoMLA.
-        budget_bytes: that a token may leave in all caches (bf16): ranks that make the best of it.
+        budget_bytes: that a token may leave in all layers' caches, stored as `storage` says, shared keys in
+            bf16: ranks that make the best of it.
         max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
-        rank_multiple: chosen ranks are multiples of this.
+        rank_multiple: chosen ranks are multiples of this. ``one_rank``: and the same for all layers.
         query_rank: of the queries' latent; None makes queries from tokens directly.
         nope_dim: channels without positions; None keeps as many channels a head as there were.
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
         storage, debias: see `LatentConfig`.
-        num_tokens: that every layer is fitted to; 0 fits to none.
-        num_chunks: generated for them.
+        num_tokens: of every layer; three quarters of the streams' are fitted to, the others' are what errors
+            are measured with. 0 for none.
+        num_chunks: of every stream that is generated for them.
         seed: of their noise, and of method "random".
     """
 
@@ -43,12 +48,13 @@ class ConvertConfig(Config):
     budget_bytes: int | None = Field(default=None, ge=1)
     max_loss: float | None = Field(default=None, gt=0, lt=1)
     rank_multiple: int = Field(default=1, ge=1)
+    one_rank: bool = False
     query_rank: int | None = Field(default=None, ge=1)
     nope_dim: int | None = Field(default=None, ge=1)
     rope_bands: tuple[int | tuple[int, ...], int | tuple[int, ...], int | tuple[int, ...]] | None = None
     storage: Storage = "full"
     debias: bool = False
-    num_tokens: int = Field(default=6144, ge=0)
+    num_tokens: int = Field(default=24576, ge=0)
     num_chunks: int = Field(default=6, ge=1)
     seed: int = Field(default=0, ge=0)
 
@@ -70,22 +76,34 @@ class ConvertConfig(Config):
         }
         if len(given) > 1:
             raise ConfigError(f"{given} all decide on ranks", "give one of them")
+        if not self.chooses and (self.rank_multiple != 1 or self.one_rank):
+            name = "one_rank" if self.one_rank else "rank_multiple"
+            raise ConfigError(
+                f"{name} is for ranks that are chosen", "give budget_bytes or max_loss, or leave it out"
+            )
         return self
 
-    def chosen(
-        self, plan: Plan, state: Mapping[str, Tensor], samples: list[Tensor] | None
-    ) -> tuple[Plan, tuple[float, ...]]:
-        """The plan with ranks chosen, where they are to be, and what each layer is predicted to lose."""
-        energies = layer_energies(plan, state, samples)
-        if self.budget_bytes is not None:
-            ranks = ranks_for_budget(energies, self.budget_bytes, plan.latent.rope_dim, self.rank_multiple)
-        elif self.max_loss is not None:
-            ranks = ranks_for_loss(energies, self.max_loss, self.rank_multiple)
+    @property
+    def chooses(self) -> bool:
+        """Whether ranks are to be chosen."""
+        return self.budget_bytes is not None or self.max_loss is not None
+
+    def chosen(self, plan: Plan, state: Mapping[str, Tensor], samples: list[Samples] | None) -> Plan:
+        """The plan with ranks chosen, where they are to be."""
+        if not self.chooses:
+            return plan
+        gains, multiple = layer_gains(plan, state, samples), self.rank_multiple
+        if self.max_loss is not None:
+            ranks = ranks_for_loss(gains, self.max_loss, multiple, one_rank=self.one_rank)
         else:
-            ranks = plan.latent.ranks(plan.dense.num_layers)
-        if self.budget_bytes is not None or self.max_loss is not None:
-            plan = replace(plan, latent=plan.latent.replace(kv_rank=ranks))
-        return plan, tuple(lost(of_layer, rank) for of_layer, rank in zip(energies, ranks, strict=True))
+            assert self.budget_bytes is not None
+
+            def bytes_of(rank: int) -> int:
+                layout = latent_layout((rank,), plan.latent.rope(plan.dense.head_dim), self.storage)
+                return layout.bytes_per_token(torch.bfloat16)
+
+            ranks = ranks_for_budget(gains, self.budget_bytes, bytes_of, multiple, one_rank=self.one_rank)
+        return replace(plan, latent=plan.latent.replace(kv_rank=ranks))
 
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""

@@ -1,8 +1,4 @@
-"""Weights of the DiT in and out: our own names, official Wan2.1's and diffusers', one declarative table each.
-
-Our names are Wan2.1's, plus those of our options. A table pairs our stems with the foreign ones; ``{i}`` is
-a block, and ``.weight`` or ``.bias`` follows on both sides where there is one.
-"""
+"""Files of weights, read in any layout that people have and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +6,10 @@ import hashlib
 import json
 import os
 import pickle
-import re
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,198 +17,105 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longtake.errors import CheckpointError
-
-Format = Literal["own", "wan", "diffusers"]
-
-_ATTENTION = ("q", "k", "v", "o", "norm_q", "norm_k")
-
-_LATENT_ATTENTION = (
-    "q_down",
-    "q_nope",
-    "q_rope",
-    "kv_down",
-    "norm_kv",
-    "k_rope",
-    "k_up",
-    "v_up",
-    "turns",
-)
-
-_MEMORY = (
-    "query_init",
-    *(f"layers.{{i}}.{name}" for name in ("norm1", "q", "norm_q", "o", "norm2", "ffn.0", "ffn.2")),
-    *(f"connector_proj.{place}" for place in (0, 2, 3)),
-    "gate_linear",
-    "to_k",
-    "to_v",
-    "norm_k_out",
-    "to_c",
-    "norm_c",
-    "to_k_rope",
-)
-
-WAN: tuple[tuple[str, str], ...] = tuple(
-    (stem, stem)
-    for stem in (
-        "patch_embedding",
-        "text_embedding.0",
-        "text_embedding.2",
-        "time_embedding.0",
-        "time_embedding.2",
-        "time_projection.1",
-        *(f"blocks.{{i}}.{kind}.{name}" for kind in ("self_attn", "cross_attn") for name in _ATTENTION),
-        "blocks.{i}.norm3",
-        "blocks.{i}.ffn.0",
-        "blocks.{i}.ffn.2",
-        "blocks.{i}.modulation",
-        "head.head",
-        "head.modulation",
-    )
-)
-"""Official Wan2.1 names: the same as ours."""
-
-OWN: tuple[tuple[str, str], ...] = (
-    *WAN,
-    *((stem, stem) for stem in ("pooled_text", "spatial_embedding", "frame_embedding")),
-    *((f"blocks.{{i}}.self_attn.{name}",) * 2 for name in _LATENT_ATTENTION),
-    *((f"memory.{name}",) * 2 for name in _MEMORY),
-)
-"""Our names: Wan2.1's and those of our options, which no foreign format can hold."""
-
-DIFFUSERS: tuple[tuple[str, str], ...] = (
-    ("patch_embedding", "patch_embedding"),
-    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("time_projection.1", "condition_embedder.time_proj"),
-    ("blocks.{i}.self_attn.q", "blocks.{i}.attn1.to_q"),
-    ("blocks.{i}.self_attn.k", "blocks.{i}.attn1.to_k"),
-    ("blocks.{i}.self_attn.v", "blocks.{i}.attn1.to_v"),
-    ("blocks.{i}.self_attn.o", "blocks.{i}.attn1.to_out.0"),
-    ("blocks.{i}.self_attn.norm_q", "blocks.{i}.attn1.norm_q"),
-    ("blocks.{i}.self_attn.norm_k", "blocks.{i}.attn1.norm_k"),
-    ("blocks.{i}.cross_attn.q", "blocks.{i}.attn2.to_q"),
-    ("blocks.{i}.cross_attn.k", "blocks.{i}.attn2.to_k"),
-    ("blocks.{i}.cross_attn.v", "blocks.{i}.attn2.to_v"),
-    ("blocks.{i}.cross_attn.o", "blocks.{i}.attn2.to_out.0"),
-    ("blocks.{i}.cross_attn.norm_q", "blocks.{i}.attn2.norm_q"),
-    ("blocks.{i}.cross_attn.norm_k", "blocks.{i}.attn2.norm_k"),
-    ("blocks.{i}.norm3", "blocks.{i}.norm2"),
-    ("blocks.{i}.ffn.0", "blocks.{i}.ffn.net.0.proj"),
-    ("blocks.{i}.ffn.2", "blocks.{i}.ffn.net.2"),
-    ("blocks.{i}.modulation", "blocks.{i}.scale_shift_table"),
-    ("head.head", "proj_out"),
-    ("head.modulation", "scale_shift_table"),
-)
-"""diffusers' ``WanTransformer3DModel``."""
-
-TABLES: dict[Format, tuple[tuple[str, str], ...]] = {"own": OWN, "wan": WAN, "diffusers": DIFFUSERS}
-
-WRAPPERS = ("generator_ema", "generator", "model", "state_dict")
-"""Dictionary keys that training code puts around a model's weights, the preferred first."""
+from longtake.io.names import to_own, unwrap
 
 STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 """Names of types in a safetensors header."""
 
-_NAME_NOISE = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "module.")
+NETWORK_KEY = "longtake dit"
+"""Metadata of a file of bare weights: the configuration of the network that they are of, where it is told."""
+STREAM_KEY = "longtake stream"
+"""And how that network streams."""
 
-
-def to_own(state: Mapping[str, Tensor], source: str = "checkpoint") -> dict[str, Tensor]:
-    """Bring weights under our names, whichever of the known formats they have.
-
-    Raises:
-        CheckpointError: names that no table knows, or LoRA weights; ``source`` names the file in the message.
-    """
-    fmt = detect_format(list(state), source)
-    renamed = _rename(list(state), [(foreign, own) for own, foreign in TABLES[fmt]], source)
-    return {new: state[old] for old, new in zip(state, renamed, strict=True)}
-
-
-def from_own(state: Mapping[str, Tensor], fmt: Format) -> dict[str, Tensor]:
-    """Bring our weights under a format's names; the inverse of :func:`to_own`.
-
-    Raises:
-        CheckpointError: weights that the format has no name for.
-    """
-    return dict(zip(_rename(list(state), TABLES[fmt], f"{fmt} format"), state.values(), strict=True))
-
-
-def detect_format(names: Sequence[str], source: str = "checkpoint") -> Format:
-    """Which table the names belong to. Raises CheckpointError where none."""
-    lora = next((name for name in names if "lora_" in name), None)
-    if lora is not None:
-        raise CheckpointError(
-            f"{source} holds LoRA weights ({lora!r})", "merge them into the base model first"
-        )
-    if any(name.startswith("condition_embedder.") for name in names):
-        return "diffusers"
-    if any(name.startswith("time_projection.") for name in names):
-        return "own"
-    sample = ", ".join(repr(name) for name in list(names)[:3]) or "nothing"
-    raise CheckpointError(
-        f"{source} holds no known DiT weights: {sample}",
-        "give official Wan2.1, diffusers or longtake weights",
-    )
-
-
-def unwrap(state: Mapping[str, object], source: str = "checkpoint") -> dict[str, Tensor]:
-    """Take the model's weights out of what training code saves around them.
-
-    Dictionaries are entered (``generator_ema`` before ``generator`` before ``model``), flattened prefixes
-    of these names are cut off.
-
-    Raises:
-        CheckpointError: something that is no tensor where weights should be.
-    """
-    state = {_clean(name): value for name, value in state.items()}
-    for key in WRAPPERS:
-        inner = state.get(key)
-        if isinstance(inner, Mapping):
-            return unwrap(inner, source)
-    for key in WRAPPERS:
-        prefix = key + "."
-        if any(name.startswith(prefix) for name in state):
-            cut = {
-                name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
-            }
-            return unwrap(cut, source)
-    weights: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{source}: {name!r} is a {type(value).__name__}, not a tensor",
-                f"expected weights, or a dictionary with one of {', '.join(WRAPPERS)}",
-            )
-        weights[name] = value
-    return weights
+_INDEX_SUFFIX = ".safetensors.index.json"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Read a ``.safetensors``, ``.pt`` or ``.pth`` file and bring its DiT weights under our names.
+    """A DiT's weights under our names; see `read_told_weights`."""
+    return read_told_weights(path)[0]
 
-    Pickles are read with ``weights_only``, so a file cannot run code.
+
+def read_told_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A DiT's weights, brought under our names, and the metadata that they come with.
+
+    Pickles are read with ``weights_only``, so a file cannot run code, and like safetensors are mapped rather
+    than read, where they can be.
+
+    Args:
+        path: a ``.safetensors``, ``.pt``, ``.pth`` or ``.ckpt`` file; the index (``.safetensors.index.json``)
+            of a model that is split into several files; or a folder with one of these, or with nothing but
+            safetensors files, all of one model, or with a subfolder ``transformer`` of that kind (diffusers).
 
     Raises:
-        CheckpointError: unreadable, damaged, or of an unknown format.
+        CheckpointError: unreadable, damaged, incomplete, or of an unknown format.
     """
-    source = str(path)
+    files = _files_of(path)
+    state: dict[str, object] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        part, told = read_safetensors(file) if file.suffix == ".safetensors" else (_unpickled(file), {})
+        twice = next((name for name in part if name in state), None)
+        if twice is not None:
+            raise CheckpointError(
+                f"{path}: more than one file holds {twice!r}", "give the path of one model's file or index"
+            )
+        state |= part
+        metadata |= told
+    return to_own(unwrap(state, str(path)), str(path)), metadata
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The files that a model's weights are in."""
+    if path.is_dir():
+        indices = sorted(path.glob("*" + _INDEX_SUFFIX))
+        files = sorted(path.glob("*.safetensors"))
+        if len(indices) > 1:
+            raise CheckpointError(
+                f"{path} holds {len(indices)} models: {', '.join(index.name for index in indices)}",
+                "give the path of one of them",
+            )
+        if indices:
+            return _files_of(indices[0])
+        if files:
+            return files
+        if (path / "transformer").is_dir():
+            return _files_of(path / "transformer")
+        raise CheckpointError(f"{path} holds no .safetensors file", "give the folder or file of the weights")
+    if not path.name.endswith(_INDEX_SUFFIX):
+        return [path]
     try:
-        if path.suffix == ".safetensors":
-            state: Mapping[str, object] = load_file(path)
-        elif path.suffix in (".pt", ".pth", ".ckpt"):
-            mapped = zipfile.is_zipfile(path)  # files of old versions of torch cannot be mapped
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        else:
-            raise CheckpointError(f"{source} has an unknown suffix", "use .safetensors, .pt or .pth")
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
+        places = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"cannot read index {path}: {error}", "fetch it again") from error
+    files = [path.parent / name for name in sorted(set(places))]
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
         raise CheckpointError(
-            f"cannot read weights {source}: {reason}", "check the path or fetch it again"
+            f"{path.parent} lacks {', '.join(absent[:3])}, {len(absent)} of {len(files)} files of "
+            f"{path.name}",
+            "fetch them",
+        )
+    return files
+
+
+def _unpickled(path: Path) -> dict[str, object]:
+    """What training code saved."""
+    if path.suffix not in (".pt", ".pth", ".ckpt"):
+        raise CheckpointError(f"{path} has an unknown suffix", "use .safetensors, .pt or .pth")
+    try:
+        mapped = zipfile.is_zipfile(path)  # files of old versions of torch cannot be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"cannot read {path}: it is damaged, or holds objects that could run code",
+            "save the weights alone, or fetch it again",
         ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        reason = str(error).split("\n")[0]
+        raise CheckpointError(f"cannot read {path}: {reason}", "check the path or fetch it again") from error
     if not isinstance(state, Mapping):
-        raise CheckpointError(f"{source} holds a {type(state).__name__}", "expected a dictionary of weights")
-    return to_own(unwrap(state, source), source)
+        raise CheckpointError(f"{path} holds a {type(state).__name__}", "expected a dictionary of weights")
+    return dict(state)
 
 
 def load_into(module: nn.Module, state: Mapping[str, Tensor], source: str = "checkpoint") -> None:
@@ -347,33 +248,3 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _clean(name: str) -> str:
-    for noise in _NAME_NOISE:
-        name = name.replace(noise, "")
-    return name
-
-
-def _rename(names: Sequence[str], table: Sequence[tuple[str, str]], source: str) -> list[str]:
-    """Rename by a table of (from, to) stems."""
-    patterns = [
-        (re.compile(re.escape(old).replace(r"\{i\}", r"(?P<i>\d+)") + r"(?P<end>\.weight|\.bias|)"), new)
-        for old, new in table
-    ]
-    renamed, unknown = [], []
-    for name in names:
-        for pattern, new in patterns:
-            match = pattern.fullmatch(name)
-            if match is not None:
-                block = match.groupdict().get("i") or ""
-                renamed.append(new.replace("{i}", block) + match["end"])
-                break
-        else:
-            unknown.append(name)
-    if unknown:
-        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        raise CheckpointError(
-            f"{source}: no name for {', '.join(unknown[:3])}{more}", "the weights are of another architecture"
-        )
-    return renamed

@@ -30,8 +30,8 @@ from longtake.models.layers import RMSNorm
 from longtake.ops.attention import attention
 from longtake.ops.latent import DenseKeys, LatentPath, LatentSizes, absorbed_attention
 
-_LEAST_TURN = 0.1
-"""A head's key that is less of the shared one than this counts as so much of it."""
+LEAST_TURN = 1e-3
+"""No head's key is less of the shared one than this."""
 
 
 class LatentAttention(nn.Module):
@@ -274,7 +274,7 @@ def _inverse(turns_hp2: Tensor, *, conjugate: bool = False) -> Tensor:
     """One over each (or over its conjugate), bounded where it is nearly nothing."""
     real, imaginary = turns_hp2.unbind(-1)
     inverse = torch.stack([real, imaginary if conjugate else -imaginary], dim=-1)
-    return inverse / turns_hp2.square().sum(-1, keepdim=True).clamp_min(_LEAST_TURN**2)
+    return inverse / turns_hp2.square().sum(-1, keepdim=True).clamp_min(LEAST_TURN**2)
 
 
 def _for_all_rows(base_b: Tensor, copies: int) -> Tensor:

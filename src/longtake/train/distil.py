@@ -15,11 +15,11 @@ from pydantic import Field
 from longtake.config import Config
 from longtake.errors import ConfigError, TrainingError
 from longtake.io.checkpoints import (
+    NETWORK_KEY,
+    STREAM_KEY,
     load_into,
     read_safetensors,
     read_weights,
-    to_own,
-    unwrap,
     write_safetensors,
 )
 from longtake.models.dit import DiT
@@ -239,21 +239,12 @@ def _load_dit(name: str, model: DiTConfig, weights: str, device: str, dtype: tor
     """A network with its weights, on the device; a large one's random start is never computed."""
     if weights == UNTRAINED:
         return DiT(model).to(device, dtype)
-    path = Path(weights)
-    if path.is_dir():  # a model split into several files
-        state = {
-            key: t
-            for file in sorted(path.glob("*.safetensors"))
-            for key, t in read_safetensors(file)[0].items()
-        }
-        state = to_own(unwrap(state, weights), weights)
-    elif path.is_file():
-        state = read_weights(path)
-    else:
+    if not Path(weights).exists():
         raise TrainingError(
             f"{name}={weights!r} is neither a file nor a folder",
             f"give the path of its weights with --set {name}=PATH",
         )
+    state = read_weights(Path(weights))
     if model.memory is not None and not any(key.startswith("memory.") for key in state):
         memory = MemoryEncoder(model.memory)
         state |= {f"memory.{key}": tensor for key, tensor in memory.state_dict().items()}
@@ -272,5 +263,6 @@ def _export(recipe: DistillationRecipe, out: Path) -> dict[str, float]:
     state, _ = read_safetensors(trained)
     path = out / f"{recipe.name}.safetensors"
     halved = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}
-    write_safetensors(path, halved, {"recipe": recipe.dumps()})
+    told = {NETWORK_KEY: recipe.dit_model.dumps(), STREAM_KEY: recipe.stream.dumps()}
+    write_safetensors(path, halved, {"recipe": recipe.dumps(), **told})
     return {"bytes": float(path.stat().st_size)}
