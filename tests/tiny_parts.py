@@ -107,10 +107,13 @@ def small_pipeline(
     opening: tuple[int, ...] | None = None,
     temperature: float | tuple[float, ...] = 1.0,
     opening_guidance: float | None = None,
+    latent: LatentConfig | None = None,
+    memory: MemoryEncoderConfig | None = None,
     **history: Any,
 ) -> Pipeline:
     """A pipeline of 2x3 latents; ``history`` overrides a window of 7 with sink 2 and chunk 2, ``opening``
-    gives chunks that open something steps of their own. With an evolving policy there is a memory.
+    gives chunks that open something steps of their own. With an evolving policy there is a memory, `MEMORY`
+    if no other is given.
     """
     window: dict[str, Any] = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2, **history}
     config = StreamConfig(
@@ -131,7 +134,8 @@ def small_pipeline(
         pooled_text=True,
         prediction="clean",
         cross_attention_layers=(1,),
-        memory=MEMORY if learned else None,
+        latent=latent,
+        memory=(memory or MEMORY) if learned else None,
     )
     vae, text = FakeVAE(), FakeText()
     for module in (dit, vae, text):
@@ -155,6 +159,14 @@ STREAM_SETTINGS: list[dict[str, Any]] = [
     {"policy": MostAttendedConfig(num_frames=1), "positions": Relative(f_max=8)},
     {"policy": AverageConfig(decays=(0.5,)), "guidance": 1.5},
     {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
+    {"latent": LATENT, "policy": EvolvingConfig(), "positions": Relative(f_max=10)},
+    {"latent": LATENT.replace(path="absorbed", storage="int4", debias=True), "guidance": 1.5},
+    {
+        "latent": LATENT.replace(kv_rank=8, storage="fp8"),
+        "memory": MEMORY.replace(read_as_latent=(8, 6)),
+        "policy": EvolvingConfig(),
+        "positions": Relative(f_max=10),
+    },
 ]
 """Changes of `small_pipeline` that between them reach every way in which a stream goes on."""
 

@@ -48,24 +48,38 @@ LAYOUTS = {"dense": None} | {
     for path, storage in (("expand", "full"), ("absorbed", "full"), ("expand", "int4"), ("absorbed", "fp8"))
 }
 LAYOUTS["absorbed int4"] = LATENT.replace(path="absorbed", storage="int4", debias=True)
+AS_LATENTS = "memory as latents, "
+LAYOUTS |= {
+    f"{AS_LATENTS}{path} {storage}": LATENT.replace(path=path, storage=storage, kv_rank=8)
+    for path, storage in (("expand", "full"), ("absorbed", "full"), ("expand", "fp8"))
+}
 POSITIONS: tuple[Any, ...] = (Relative(f_max=8), Relative(f_max=6), Absolute())
 PRODUCT = [
     (layout, positions)
     for layout in LAYOUTS
+    # Packing is below positions, and how a memory is read beside them.
     for positions in (
-        POSITIONS[:1] if layout.endswith(("fp8", "int4")) else POSITIONS
-    )  # packing is below them
+        POSITIONS[:1] if layout.endswith(("fp8", "int4")) or layout.startswith(AS_LATENTS) else POSITIONS
+    )
 ]
 
 
-@pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize(("layout", "positions"), PRODUCT)
+@pytest.mark.parametrize(
+    ("layout", "positions", "name"),
+    [
+        (layout, positions, name)
+        for layout, positions in PRODUCT
+        for name in POLICIES
+        if not layout.startswith(AS_LATENTS) or isinstance(POLICIES[name], EvolvingConfig)
+    ],
+)
 @pytest.mark.parametrize(("sink", "window"), [(1, 5), (0, 4), (3, 5), (1, None)])
 def test_both_histories_agree_for_streams_at_different_lengths(
     name: str, positions: Any, sink: int, window: int | None, layout: str
 ) -> None:
     """The full product of layouts, policies, positions and windows, or a refusal that says why."""
-    network = small_dit(memory=MEMORY, latent=LAYOUTS[layout])
+    memory = MEMORY.replace(read_as_latent=(8, 6)) if layout.startswith(AS_LATENTS) else MEMORY
+    network = small_dit(memory=memory, latent=LAYOUTS[layout])
 
     def both() -> tuple[PureHistory, SlotHistory]:
         config = HistoryConfig(

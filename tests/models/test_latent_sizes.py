@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from counting import counter
+from longtake.bench.meter import resident_bytes
 from longtake.cache.base import Buffers, Entries
 from longtake.cache.latent import latent_layout
 from longtake.errors import ConfigError
@@ -81,6 +86,68 @@ def test_a_token_takes_224_numbers_a_layer_at_wans_size_and_so_much_is_allocated
     assert 1 - share == pytest.approx(0.927, abs=5e-4)
     buffers = Buffers(specs[1], 1, 64, torch.device("cpu"), torch.bfloat16)
     assert buffers.num_bytes == 64 * specs[1].bytes_per_token(torch.bfloat16)
+
+
+@pytest.mark.parametrize("storage", ["dense", "full", "fp8", "int4"])
+def test_the_bytes_that_are_counted_are_those_that_the_system_gives(storage: Any) -> None:
+    """Resident memory, at Wan's size, with more than 256 MB."""
+    config = wan_dit() if storage == "dense" else wan_dit().replace(latent=LatentConfig(storage=storage))
+    with torch.device("meta"):
+        spec = DiT(config).cache_spec()
+    per_token = spec.bytes_per_token(torch.bfloat16)
+    tokens = -(-(1 << 28) // per_token)
+    before = resident_bytes()
+    buffers = Buffers(spec, 1, tokens, torch.device("cpu"), torch.bfloat16)
+    for part in buffers.named_tensors().values():
+        part.fill_(1)  # pages that nothing is written to are not there yet
+    after = resident_bytes()
+    assert before is not None
+    assert after is not None
+    assert buffers.num_bytes == tokens * per_token
+    assert after - before == pytest.approx(buffers.num_bytes, rel=0.02)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+import torch
+from longtake.bench.meter import resident_bytes
+from longtake.cache.base import Entries
+from longtake.history.base import HistoryView, frame_phases
+from longtake.models.latent_config import LatentConfig
+from tiny_parts import GRID, small_dit
+
+path, heads, dim, layers, past = sys.argv[1], *map(int, sys.argv[2:])
+latent = LatentConfig(kv_rank=8, query_rank=None, nope_dim=dim - 6, rope_bands=(1, 1, 1), path=path)
+network = small_dit(width=heads * dim, num_heads=heads, num_layers=layers, latent=latent)
+parts = {"c": torch.ones(1, past, 8), "k_rope": torch.ones(1, past, 1, 6)}
+phases = frame_phases([range(1)], GRID, network.cache_spec(), "cpu")
+view = HistoryView((Entries((parts,) * layers),), phases, 1, GRID)
+x, text = torch.randn(1, 1, 3, *GRID), network.encode_text(torch.randn(1, 4, 8))
+with torch.no_grad():
+    network(x, torch.zeros(1, 1), text, view)  # what torch sets up once is there from now on
+    before = resident_bytes()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    network(x, torch.zeros(1, 1), text, view)
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(int(peak.split()[1]) * 1024 - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="tells no peak of resident memory")
+@pytest.mark.parametrize("path", ["expand", "absorbed"])
+def test_a_forward_pass_holds_one_layer_of_keys_and_values_at_a_time(path: str) -> None:
+    """Of six, and beside it the latents of all tokens, joined; absorbing not even that."""
+    heads, dim, layers, past = 8, 32, 6, 48_000
+    command = [sys.executable, "-c", PEAK, path, *map(str, (heads, dim, layers, past))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    expansion, joined = 4 * past * heads * 2 * dim, 4 * past * (8 + 6)
+    grown = int(done.stdout)
+    if path == "expand":
+        assert 0.9 * expansion < grown < 1.1 * expansion + joined
+    else:
+        assert grown < 0.7 * expansion
 
 
 def test_layers_may_have_ranks_of_their_own() -> None:
