@@ -259,16 +259,37 @@ def test_what_is_attended_to_most_stays(unit: Any) -> None:
 def test_scores_fade() -> None:
     """A frame once attended to leaves when others are, the sooner the less of its score it retains."""
     left = []
-    for decay in (0.0, 1.0):
+    for decay in (0.0, 0.6):
         policy = made(MostAttendedConfig(num_frames=1, decay=decay))
         state = policy.start(1, torch.device("cpu"), torch.float32)
-        for frame, key, query in ((0, 2.0, 1.0), (1, 0.0, 1.0), (2, -0.5, -1.0), (3, -0.5, -1.0)):
-            part = torch.full((1, 1, 1, 2), key)
-            layer = {"k": part, "v": torch.full_like(part, frame)}
-            queries = (torch.full((1, 1, 1, 2), query),) * 2
-            state = policy.absorb(state, Evicted(((frame,),), Entries((layer, layer)), queries))
+        for frame, key, query in ((0, 2.0, 1.0), (1, 0.0, 1.0), (2, -0.5, -0.05)):
+            state = policy.absorb(state, one_token(frame, key, query))
         left.append(float(policy.read(state).layers[0]["v"][0, 0, 0, 0]))
     assert left == [2.0, 0.0]
+
+
+def one_token(frame: int, key: float, query: float) -> Evicted:
+    """A frame of one token with all its channels alike, and what asks for it."""
+    part = torch.full((1, 1, 1, 2), key)
+    layer = {"k": part, "v": torch.full_like(part, frame)}
+    return Evicted(((frame,),), Entries((layer, layer)), (torch.full((1, 1, 1, 2), query),) * 2)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_what_came_first_has_no_right_to_stay(decay: float) -> None:
+    """Under queries that want nothing in particular frames come and go: no sum of old scores, and no copy
+    that merely fills a place, keeps new ones out.
+    """
+    policy = made(MostAttendedConfig(num_frames=3, decay=decay))
+    state = policy.start(1, torch.device("cpu"), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    for frame in range(60):
+        key, query = torch.randn(2, generator=generator).tolist()
+        state = policy.absorb(state, one_token(frame, key, query))
+        kept = policy.read(state).layers[0]["v"][0, :, 0, 0].tolist()
+        assert len(set(kept)) == min(frame + 1, 3)
+        assert kept == sorted(kept)
+    assert min(kept) > 5
 
 
 @pytest.mark.parametrize(

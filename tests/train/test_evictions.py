@@ -43,7 +43,7 @@ SIZE = 32  # 2 x 2 tokens
 @lru_cache
 def batch(count: int = 2) -> RecallBatch[Clips]:
     config = LatentCacheConfig(chunk_frames=2, height=SIZE, width=SIZE)
-    source = RecallSource(renderer(guided=True), config, 20, (2.0, 3.0))
+    source = RecallSource(renderer(guided=True), config, REMEMBERS, (2.0, 3.0))
     return source.draw(np.random.default_rng(0), count).encoded(clip_encoder())
 
 

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 from counting import some_clips
+from longtake.cache.base import Entries
+from longtake.cache.dense import dense_layout
 from longtake.errors import ConfigError, TrainingError
 from longtake.history.base import HistoryConfig
+from longtake.history.pure import PureHistory
 from longtake.train.dit import DiTTask, Noise
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
@@ -22,6 +25,7 @@ from longtake.train.steps import Steps, StepSources
 from longtake.world import parse_caption
 from toy_training import HISTORY, clip_encoder, loop, networks, recipe, renderer
 
+SMALL = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2}
 PLENTY = Machine("cpu", 10**15)
 
 
@@ -72,15 +76,21 @@ def unlike(before: str, after: str) -> bool:
 
 @pytest.mark.parametrize(
     ("changes", "first"),
-    [({}, 6), ({"sink_frames": 0}, 5), ({"window_frames": None}, 0), ({"chunk_frames": 4}, 5)],
+    [({}, 4), ({"sink_frames": 0}, 4), ({"chunk_frames": 4}, 3), ({"window_frames": 13}, 4), (SMALL, 3)],
 )
 def test_the_first_late_chunk_is_the_first_that_frames_have_left(
     changes: dict[str, object], first: int
 ) -> None:
-    assert (
-        first_late_chunk(HistoryConfig(window_frames=12, sink_frames=3, chunk_frames=3).replace(**changes))
-        == first
-    )
+    config = HistoryConfig(window_frames=12, sink_frames=3, chunk_frames=3).replace(**changes)
+    assert first_late_chunk(config) == first
+    assert first_late_chunk(config.replace(window_frames=None)) == 0
+    spec = dense_layout(num_layers=1, num_heads=1, head_dim=6)
+    frames = torch.zeros(1, config.chunk_frames, 1, 6)
+    history, chunks = PureHistory(config, spec, (1, 1)), 0
+    while history.num_evicted == 0:
+        history = history.commit(Entries(({"k": frames, "v": frames},)))
+        chunks += 1
+    assert chunks == first
 
 
 def lasting(**changes: object) -> Recipe:
@@ -127,5 +137,5 @@ def test_they_are_planned_halved_and_refused() -> None:
         lasting().check(("windows",), Machine("cpu", round(0.9 * plan.num_bytes)))
     with pytest.raises(ConfigError, match="rendered anew"):
         lasting(fresh_clips=False)
-    with pytest.raises(ConfigError, match="num_long_chunks=4 leaves no 2 chunks"):
-        lasting(num_long_chunks=4).check(("windows",), PLENTY)
+    with pytest.raises(ConfigError, match="num_long_chunks=3 leaves no 2 chunks"):
+        lasting(num_long_chunks=3).check(("windows",), PLENTY)

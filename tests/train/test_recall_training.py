@@ -11,6 +11,7 @@ import torch
 from counting import measured, some_clips
 from longtake.errors import ConfigError, TrainingError
 from longtake.eval.script import Chunking
+from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.stream.bundle import load_model
@@ -43,10 +44,13 @@ from toy_training import (
 PLENTY = Machine("cpu", 10**15)
 
 
-def source(chunk_frames: int = 3, size: int = 16, guided: bool = False, **changes: object) -> RecallSource:
+def source(
+    chunk_frames: int = 3, size: int = 16, guided: bool = False, window_frames: int = 12, **changes: object
+) -> RecallSource:
     config = LatentCacheConfig(chunk_frames=chunk_frames, height=size, width=size)
-    settings = {"window_frames": 48, "absence": (1.0, 2.0), **changes}
-    return RecallSource(renderer(guided=guided), config, **settings)  # type: ignore[arg-type]
+    history = HistoryConfig(window_frames=window_frames, sink_frames=3, chunk_frames=chunk_frames)
+    settings = {"absence": (1.0, 2.0), **changes}
+    return RecallSource(renderer(guided=guided), config, history, **settings)  # type: ignore[arg-type]
 
 
 def test_clips_follow_the_generator_and_have_prompts_where_chunks_begin() -> None:
@@ -93,6 +97,20 @@ def test_what_is_to_come_back_is_seen_in_one_frame_and_in_no_unseen_chunk() -> N
                     now = guide_fkhw[3 * chunk : 3 * chunk + 3, channels].sum((0, 2, 3)).numpy()
                     share = float(guide_fkhw[3 * chunk : 3 * chunk + 3, :2].mean(1).sum())
                     assert not np.allclose(now / max(share, 1e-6), colour, atol=0.1)
+
+
+@pytest.mark.parametrize("window_frames", [12, 21, 33])
+def test_unseen_is_what_the_window_has_lost_too(window_frames: int) -> None:
+    made = source(window_frames=window_frames, absence=(1.0, 1.5))
+    batch = made.draw(np.random.default_rng(0), 2)
+    local = window_frames - 3 - 3
+    assert any(batch.unseen)
+    for chunk, unseen in enumerate(batch.unseen):
+        oldest = chunk * 3 - local
+        assert not unseen or oldest > batch.shown_frame
+    first = batch.unseen.index(True)
+    if window_frames > 12:  # the window lasts longer than the camera's way
+        assert (first - 1) * 3 - local <= batch.shown_frame
 
 
 def test_the_memory_is_read_while_what_is_to_come_back_is_away() -> None:

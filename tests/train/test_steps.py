@@ -18,7 +18,7 @@ from longtake.train.long_clips import LongSource
 from longtake.train.recall import RecallSource
 from longtake.train.steps import StepClips, Steps, StepSources
 from longtake.world import render_masks
-from toy_training import VAE, clip_encoder, loop, recipe, renderer
+from toy_training import HISTORY, VAE, clip_encoder, loop, recipe, renderer
 
 
 def steps(num_workers: int) -> Steps:
@@ -39,7 +39,7 @@ def steps(num_workers: int) -> Steps:
         config,
         first_clips=FreshClips(made, cache.replace(num_latent_frames=2)),
         clips=FreshClips(made, cache),
-        recall=RecallSource(made, cache, window_frames=20, absence=(1.0, 2.0)),
+        recall=RecallSource(made, cache, HISTORY, absence=(1.0, 2.0)),
         long_clips=LongSource(made, cache, num_chunks=6, num_learned=2, first_learned=2),
     )
     return Steps(sources, clip_encoder(), num_workers)

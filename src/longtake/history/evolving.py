@@ -133,8 +133,10 @@ class EvolvingPolicy(Policy):
         return (self.config.source_layer % self._num_layers,) if self.config.mode == "update" else ()
 
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
-        """The learned initial state."""
-        return {STATE: self._network.initial(batch).to(device, dtype)}
+        """The learned initial state, in single precision at least: where a gate keeps nearly all, half
+        precision would lose what one update adds.
+        """
+        return {STATE: self._network.initial(batch).to(device, torch.promote_types(dtype, torch.float32))}
 
     def readable(self, num_evicted: int) -> bool:
         """From the start, or once something was absorbed."""

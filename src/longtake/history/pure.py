@@ -238,7 +238,7 @@ class PureHistory:
 
     def with_memory(self, do: Literal["rebuild", "reset"], rows: Sequence[int] | None = None) -> PureHistory:
         """The memory as at the start, or as if the local frames had left once, without being dropped; in some
-        rows of the batch, or (None) in all.
+        rows of the batch, or (None) in all. Local frames that the sink waits for are none of them.
 
         Raises:
             HistoryError: some rows would read the memory and others not.
@@ -246,10 +246,12 @@ class PureHistory:
         if self.state is None or self.example is None:
             return self
         state = self.policy.start(*self.example)
-        local = self.local_frames if do == "rebuild" else ()
-        if local:
-            state = self._absorb(state, self.local, None)
-        num_evicted = len(local)
+        num_evicted = 0
+        if do == "rebuild":
+            missing = self.config.sink_frames - len(self.sink_frames)
+            taken_in = _without_first(self.local, missing)
+            state = self._absorb(state, taken_in, None)
+            num_evicted = sum(len(piece.frames) for piece in taken_in)
         if rows is not None:
             if self.policy.readable(num_evicted) != self.policy.readable(self.num_evicted):
                 raise HistoryError(
@@ -323,6 +325,17 @@ class PureHistory:
 
     def _phases(self, frame_ids: Sequence[int]) -> Phases:
         return frame_phases([frame_ids], self.grid, self.spec, self.device)
+
+
+def _without_first(pieces: tuple[Piece, ...], num_frames: int) -> tuple[Piece, ...]:
+    """What is left when so many frames are not counted in."""
+    left = []
+    for piece in pieces:
+        skipped = min(num_frames, len(piece.frames))
+        num_frames -= skipped
+        if skipped < len(piece.frames):
+            left.append(piece.split(skipped)[1] if skipped else piece)
+    return tuple(left)
 
 
 def _example(entries: Entries) -> tuple[int, torch.device, torch.dtype]:

@@ -63,13 +63,14 @@ class MostAttendedConfig(PolicyConfig):
         num_frames: frame-equivalents kept.
         unit: "frame" keeps whole frames, in every layer its own; "token" decides for every place on the
             token grid alone.
-        decay: share of its score that a kept token retains from one eviction to the next.
+        decay: a kept token's score is a running mean of the attention that it gets at evictions: this share
+            of what it was, the rest of what it is now. One that leaves the window has what it gets then.
     """
 
     kind: Literal["most_attended"] = "most_attended"
     num_frames: int = Field(default=3, ge=1)
     unit: Literal["frame", "token"] = "frame"
-    decay: float = Field(default=0.9, ge=0, le=1)
+    decay: float = Field(default=0.9, ge=0, lt=1)
 
     def make(self, surroundings: Surroundings) -> MostAttendedPolicy:
         """Always."""
@@ -106,15 +107,19 @@ class MostAttendedPolicy(KeptFrames):
             # Where a memory is rebuilt no chunk asks for anything: the newest frame's keys stand in.
             asked_by = leaving.queries_bqhd
             now_bfn = _attention_received(keys_bfnhd[:, -1] if asked_by is None else asked_by, keys_bfnhd)
-            before_bfn = torch.nn.functional.pad(
-                self._config.decay * kept["score"], (0, 0, 0, now_bfn.shape[1] - self._num_frames)
-            )
-            score_bfn = now_bfn + before_bfn
+            now_kept_bfn, now_new_bfn = now_bfn.tensor_split([self._num_frames], dim=1)
+            mean_bfn = torch.lerp(now_kept_bfn, kept["score"].type_as(now_bfn), self._config.decay)
+            score_bfn = torch.cat([mean_bfn, now_new_bfn], dim=1)
             ranked_bfn = (
                 score_bfn.mean(2, keepdim=True).expand_as(score_bfn)
                 if self._config.unit == "frame"
                 else score_bfn
             )
+            # Copies of the first frame that fill places nothing has taken yet give way to whatever comes.
+            num_copies_b = self._num_frames - leaving.count_b.clamp_max(self._num_frames)
+            places_f = torch.arange(ranked_bfn.shape[1], device=ranked_bfn.device)
+            is_copy_bf = places_f < num_copies_b[:, None]
+            ranked_bfn = ranked_bfn.masked_fill(is_copy_bf[:, :, None], float("-inf"))
             index_bfn = ranked_bfn.topk(self._num_frames, dim=1).indices.sort(dim=1).values
         chosen = {name: _taken(part, index_bfn) for name, part in candidates.items()}
         return chosen | {"score": _taken(score_bfn, index_bfn).type_as(kept["score"])}

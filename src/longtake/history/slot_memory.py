@@ -93,24 +93,24 @@ class SlotMemory:
         if changed:
             self._publish([slots[row] for row in changed], [records[row] for row in changed])
 
-    def reset(self, slot: int, record: SlotRecord, places: dict[int, int] | None = None) -> None:
+    def reset(self, slot: int, record: SlotRecord, taken_in: dict[int, int]) -> None:
         """Back to the start, as if nothing had been evicted.
 
         Args:
             slot, record: the stream.
-            places: the block of every frame present: then the local frames are taken in once, without being
-                dropped.
+            taken_in: frames that are then taken in once, oldest first, without being dropped, and their
+                blocks.
         """
         if self._grid is None:
             return
         for name, tensor in self._state.items():
             tensor[slot : slot + 1] = self._start[name]
-        local = tuple(record.local) if places is not None else ()
-        if places is not None and local and self._policy.source_layers != ():
-            where = [(slot, places[frame]) for frame in local]
-            stored = self._storage.gather(where, [local], self._policy.source_layers)
-            self._absorb([slot], Evicted((local,), stored))
-        record.num_evicted = len(local)
+        frames = tuple(taken_in)
+        if frames and self._policy.source_layers != ():
+            where = [(slot, block) for block in taken_in.values()]
+            stored = self._storage.gather(where, [frames], self._policy.source_layers)
+            self._absorb([slot], Evicted((frames,), stored))
+        record.num_evicted = len(frames)
         self._publish([slot], [record])
 
     def exchange(self, slot: int, other: int, record: SlotRecord, other_record: SlotRecord) -> None:

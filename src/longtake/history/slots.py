@@ -312,10 +312,13 @@ class SlotHistory:
 
         Args:
             slot: the stream.
-            rebuild: then take in the local frames once, as if they had been evicted, without dropping them.
+            rebuild: then take in the local frames once, as if they had been evicted, without dropping them;
+                but none that the sink waits for.
         """
-        record = self.record(slot)
-        self._memory.reset(slot, record, record.places(self.config.sink_frames) if rebuild else None)
+        record, sink_frames = self.record(slot), self.config.sink_frames
+        places = record.places(sink_frames)
+        taken_in = record.local[sink_frames - len(record.sink) :] if rebuild else []
+        self._memory.reset(slot, record, {frame: places[frame] for frame in taken_in})
 
     @torch.no_grad()
     def exchange_memories(self, slot: int, other: int) -> None:

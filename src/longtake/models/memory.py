@@ -160,7 +160,7 @@ class MemoryEncoder(nn.Module):
         """The state after some frames have left the window (equations 2 to 4 of the paper).
 
         Args:
-            state_bmw: before.
+            state_bmw: before; it may be more precise than the weights, and stays so.
             k_bkhd, v_bkhd: evicted entries of one layer of the DiT, keys after their norm and un-rotated.
             grid: their tokens per frame (rows, columns); needed where tokens attend to cells.
         """
@@ -178,11 +178,12 @@ class MemoryEncoder(nn.Module):
         return rearrange(updated, "(b r c) n w -> b (n r c) w", r=rows, c=columns)
 
     def _updated(self, state_bmw: Tensor, k_bkhd: Tensor, v_bkhd: Tensor) -> Tensor:
-        candidate_bmw = state_bmw
+        known_bmw = candidate_bmw = state_bmw.type_as(self.query_init)
         for layer in self.layers:
             candidate_bmw = layer(candidate_bmw, k_bkhd, v_bkhd)
         candidate_bmw = self.connector_proj(candidate_bmw)
-        gate_bmw = torch.sigmoid(self.gate_linear(torch.cat([state_bmw, candidate_bmw], dim=-1)))
+        gate_bmw = torch.sigmoid(self.gate_linear(torch.cat([known_bmw, candidate_bmw], dim=-1)))
+        gate_bmw, candidate_bmw = gate_bmw.type_as(state_bmw), candidate_bmw.type_as(state_bmw)
         updated_bmw: Tensor = gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
         return updated_bmw
 
@@ -195,6 +196,7 @@ class MemoryEncoder(nn.Module):
         """For each reading un-rotated keys and values ``k`` and ``v`` ``[b, m, h, d]``; or latents ``c``
         ``[b, m, rank]`` and ``k_rope`` ``[b, m, 1, rope_dim]``.
         """
+        state_bmw = state_bmw.type_as(self.query_init)
         if self.config.read_as_latent is not None:
             latents = (self.norm_c(c) for c in self._readings(self.to_c(state_bmw)))
             rope_keys = (key_bmp.unsqueeze(2) for key_bmp in self._readings(self.to_k_rope(state_bmw)))

@@ -265,6 +265,7 @@ class EvictionsTask:
         config: the stage.
         batches: files to learn from.
         held_out: files for evaluation.
+        fresh: the memory has learned nothing yet, so that its readings may begin anywhere.
     """
 
     def __init__(
@@ -274,6 +275,8 @@ class EvictionsTask:
         config: EvictionsConfig,
         batches: Sequence[Path],
         held_out: Sequence[Path],
+        *,
+        fresh: bool = True,
     ) -> None:
         assert dit.memory is not None, "checked before"
         self._grid, self._patch = grid, dit.config.patch_size[-1]
@@ -282,7 +285,8 @@ class EvictionsTask:
         dit.requires_grad_(False)
         self._memory = dit.memory.requires_grad_(True)
         self._probe = guide_probe(dit.config)
-        self._center_readings()
+        if fresh:
+            self._center_readings()
         self.module: nn.Module = nn.ModuleDict({"memory": self._memory, "probe": self._probe})
         self.optimizer = evictions_optimizer(self.module, config)
         self.learners = {"": Learner(self.module, self.optimizer, self.loss)}

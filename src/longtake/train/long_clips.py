@@ -103,6 +103,4 @@ class LongSource:
 
 def first_late_chunk(history: HistoryConfig) -> int:
     """The first chunk before which frames have left the window; 0 where none ever does."""
-    if history.window_frames is None:
-        return 0
-    return -(-(history.sink_frames + history.window_frames) // history.chunk_frames) + 1
+    return 0 if history.window_frames is None else history.window_frames // history.chunk_frames

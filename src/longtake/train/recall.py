@@ -14,6 +14,7 @@ from typing import Generic
 
 import numpy as np
 
+from longtake.history.base import HistoryConfig
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_start
 from longtake.train.latents import ClipEncoder, Clips, DrawnT
 from longtake.train.rendering import ClipRenderer, Rendered
@@ -61,9 +62,9 @@ class RecallSource:
     Args:
         renderer: of the clips.
         config: their size, split and chunks; its number of frames does not matter.
-        window_frames: of the model's window, in pixel frames.
-        absence: shortest and longest absence in windows; drawn once for a batch, evenly in its logarithm, and
-            never shorter than the camera's way.
+        history: of the model, whose window absences are counted in.
+        absence: shortest and longest absence in windows (sink and chunk included); drawn once for a batch,
+            evenly in its logarithm, and never shorter than the camera's way.
         num_away: chunks that are learned from while the camera rests elsewhere, or as many as there are:
             what is remembered is not to be seen there.
         learned_share: of the other chunks that there is something to learn from, drawn for every batch.
@@ -71,7 +72,7 @@ class RecallSource:
 
     renderer: ClipRenderer
     config: LatentCacheConfig
-    window_frames: int
+    history: HistoryConfig
     absence: tuple[float, float]
     num_away: int = 0
     learned_share: float = 1.0
@@ -79,7 +80,9 @@ class RecallSource:
     def draw(self, rng: np.random.Generator, count: int) -> RecallBatch[Rendered]:
         """Scenes that follow from the generator's state alone, as long as the longest of them."""
         low, high = (math.log(value) for value in self.absence)
-        frames = round(math.exp(low + (high - low) * float(rng.random())) * self.window_frames)
+        assert self.history.window_frames is not None, "absences are counted in windows"
+        window = self.history.window_frames * self.renderer.stride
+        frames = round(math.exp(low + (high - low) * float(rng.random())) * window)
         aspect = self.config.width / self.config.height
         frames = max(frames, glide_frames(aspect))
         seeds = self.config.first_seed + rng.integers(_NUM_SEEDS, size=count)
@@ -118,11 +121,15 @@ class RecallSource:
         moving = [*range(shown, shown + _NUM_SHOWING), *range(away, away + leaving), *range(back, num_chunks)]
         learned = set(_some(rng, moving, math.ceil(self.learned_share * len(moving))))
         learned |= set(_some(rng, silent, self.num_away))
+        local, shown_frame = self.history.local_frames or 0, away * config.chunk_frames - 1
         return RecallBatch(
             self.renderer.render(excerpts, config),
             learned=tuple(chunk in learned for chunk in chunks),
-            shown_frame=away * config.chunk_frames - 1,
-            unseen=tuple(away + leaving <= chunk <= back for chunk in chunks),
+            shown_frame=shown_frame,
+            unseen=tuple(
+                away + leaving <= chunk <= back and shown_frame < chunk * config.chunk_frames - local
+                for chunk in chunks
+            ),
             back_chunk=back,
         )
 

@@ -113,6 +113,7 @@ class _Networks:
 
     def __init__(self, recipe: Recipe, out: Path) -> None:
         self.out = out
+        self.remembers = False  # whether the memory it starts with was trained
         self.vae: TinyVAE = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text_to_latents = TextToLatents(TinyTextEncoder(recipe.text_model), DiT(recipe.dit_model))
         for module in (self.vae, self.text_to_latents):
@@ -122,6 +123,7 @@ class _Networks:
             warm_start(self.vae, start["vae"].state_dict(), recipe.warm_start)
             warm_start(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
             warm_start(self.text_to_latents.dit, start["dit"].state_dict(), recipe.warm_start)
+            self.remembers = any(name.startswith("memory.") for name in start["dit"].state_dict())
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
@@ -245,19 +247,21 @@ def _train_memory_alone(
     vae, stride = networks.require_vae(), recipe.vae_model.temporal_stride
     renderer, encoder = ClipRenderer(stride, recipe.vae_model.spatial_stride, guided=True), ClipEncoder(vae)
     walked = {name: t for name, t in module.state_dict().items() if not name.startswith("dit.memory.")}
-    assert history.window_frames is not None, "checked before"
     sources = {
-        name: (RecallSource(renderer, like, history.window_frames * stride, config.absence), count)
+        name: (RecallSource(renderer, like, history, config.absence), count)
         for name, like, count in (
             ("train", recipe.latents, config.num_batches),
             ("held-out", recipe.held_out, config.num_held_out_batches),
         )
     }
     folder = out / "evicted"
+    memory = recipe.dit_model.memory
+    assert memory is not None, "checked before"
     identity = {
         "batches": [config.loop.seed, config.loop.precision, config.num_clips, config.absence],
         "clips": [source.config.model_dump(mode="json") for source, _ in sources.values()],
         "history": history.model_dump(mode="json"),
+        "memory": memory.model_dump(mode="json"),
         "weights": weights_digest({**walked, **vae.encoder.state_dict(prefix="vae.encoder.")}),
         "world": VERSION,
     }
@@ -265,7 +269,7 @@ def _train_memory_alone(
     paths = [batch_paths(folder, name, count) for name, (_, count) in sources.items()]
     size = recipe.vae_model.spatial_stride
     grid = module.dit.token_grid(recipe.stream.height // size, recipe.stream.width // size)
-    task = EvictionsTask(module.dit, grid, config, *paths)
+    task = EvictionsTask(module.dit, grid, config, *paths, fresh=not networks.remembers)
     figures = networks.run("evictions", task, config, module, seconds)
     module.requires_grad_(True)
     return figures
@@ -295,14 +299,12 @@ def _renderer(recipe: Recipe, config: ClipsPerStep) -> ClipRenderer:
 
 
 def _recall(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRenderer) -> RecallSource | None:
-    window = recipe.stream.history.window_frames
     if config.num_recall_clips == 0:
         return None
-    assert window is not None, "checked before"
     return RecallSource(
         renderer,
         recipe.latents,
-        window * recipe.vae_model.temporal_stride,
+        recipe.stream.history,
         config.recall_absence,
         num_away=config.recall_away_chunks,
         learned_share=config.recall_learned_share,
