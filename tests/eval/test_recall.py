@@ -20,7 +20,9 @@ from longtake.eval.script import Chunking
 from longtake.eval.source import TruthSource
 from longtake.history.compression import AverageConfig
 from longtake.history.evolving import EvolvingConfig
-from longtake.history.retention import KeyFramesConfig
+from longtake.history.positions import Relative
+from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
+from longtake.history.window import WindowConfig
 from longtake.stream.state import PromptSwitch
 from longtake.world import Scene, SceneObject, Segment
 from longtake.world.motion import Camera, Line
@@ -215,11 +217,14 @@ def test_swapped_memories_change_what_comes_after_and_nothing_before() -> None:
     with pytest.raises(EvalError, match="1 scenes make no pairs"):
         film("swapped", scenes[:1], end)
     short = [dataclasses.replace(made, back_at=made.left_at + 19) for made in scenes]
-    videos = ModelVideos(pipeline, "tiny", "swapped", PromptSwitch(text=""), swaps=True)
+    keep = PromptSwitch(text="", memory="keep")
+    videos = ModelVideos(pipeline, "tiny", "swapped", keep, swaps=True)
     with pytest.raises(EvalError, match="absences of two windows or more"):
         videos.check(short)
     with pytest.raises(EvalError, match="no memories to swap"):
-        ModelVideos(small_pipeline(), "tiny", "swapped", PromptSwitch(text=""), swaps=True)
+        ModelVideos(small_pipeline(), "tiny", "swapped", keep, swaps=True)
+    with pytest.raises(EvalError, match="leaves nothing of what was swapped"):
+        ModelVideos(pipeline, "tiny", "swapped", PromptSwitch(text="", memory="rebuild"), swaps=True)
 
 
 def test_policies_by_name() -> None:
@@ -245,6 +250,85 @@ def test_policies_by_name() -> None:
         policy("key_frames:stride")
     with pytest.raises(EvalError, match="has not"):
         with_policy(small_pipeline(), "prior")
+    for text in ("own:mode=off", "off:read_layers=[0]", "full:nonsense=3", "swapped:x"):
+        with pytest.raises(EvalError, match="has no settings"):
+            policy(text)
+
+
+def test_rivals_keep_as_many_frames_and_get_no_ids_that_the_model_never_saw() -> None:
+    pipeline = small_pipeline(policy=EvolvingConfig(), positions=Relative(f_max=8))  # window 7, two of memory
+    assert with_policy(pipeline, "key_frames").config.history.policy == KeyFramesConfig(num_frames=2)
+    assert with_policy(pipeline, "most_attended").config.history.policy == MostAttendedConfig(num_frames=2)
+    wider = with_policy(pipeline, "window:window_frames=9").config.history
+    assert (wider.window_frames, wider.policy, wider.positions) == (9, WindowConfig(), Relative(f_max=8))
+    for text, needed, refusal in (
+        ("window:window_frames=10", 9, ConfigError),
+        ("key_frames:num_frames=3", 9, EvalError),
+    ):
+        with pytest.raises(refusal, match="f_max=8|ids up to 9, and the model has them up to 8"):
+            with_policy(pipeline, text)
+        unseen = with_policy(pipeline, f"{text},f_max={needed}").config.history
+        assert unseen.positions == Relative(f_max=needed)
+    told = ModelVideos(with_policy(pipeline, "key_frames"), "tiny", "key_frames", PromptSwitch(text="")).about
+    assert told["memory"] == "12 tokens, read by 2 of 2 layers"
+    assert told["window"] == "7 latent frames, 2 of them a sink, ids 0..8"
+
+
+def test_scenes_and_absences_can_be_added(tmp_path: Path) -> None:
+    figures("none", tmp_path)
+    more = FaultyVideos("none")
+    summary = run_recall(CONFIG.replace(scenes=6, absence=(1.0, 2.0)), (more,), tmp_path)
+    assert more.filmed == 2 + 6
+    assert [item.gate.num for item in summary.sources["model"].absences] == [6, 6]
+    fewer = FaultyVideos("none")
+    summary = run_recall(CONFIG.replace(scenes=2), (fewer,), tmp_path)
+    assert fewer.filmed == 0
+    assert [item.gate.num for item in summary.sources["model"].absences] == [2]
+    with pytest.raises(EvalError, match="another seed"):
+        run_recall(CONFIG.replace(seed=1), (FaultyVideos("none"),), tmp_path)
+
+
+def test_absences_are_the_subjects_and_all_is_refused_before_anything_is_filmed(tmp_path: Path) -> None:
+    one, other = FaultyVideos("none"), TruthVideos(TruthSource(3))
+    other.chunking = Chunking(window_frames=96)
+    run_recall(CONFIG, (one, other), tmp_path)
+    again = FaultyVideos("none")
+    again.name = "a"
+    with pytest.raises(EvalError, match="another window_frames"):
+        run_recall(CONFIG, (other, again), tmp_path)
+    wide = TruthVideos(TruthSource(3, 64, 96))
+    for source, words in ((wide, "another shape"), (_chunks_of(8), "chunks of another length")):
+        source.name = "b"
+        with pytest.raises(EvalError, match=words):
+            run_recall(CONFIG, (again, source), tmp_path)
+    assert again.filmed == 0
+    with pytest.raises(ConfigError, match="still in it"):
+        CONFIG.replace(absence=(0.9,))
+    again.chunking = Chunking(window_frames=36)
+    with pytest.raises(EvalError, match=r"absence of 1 windows of 36 frames .* use 1\.12 windows or more"):
+        run_recall(CONFIG, (again,), tmp_path / "other")
+
+
+def _chunks_of(frames: int) -> TruthVideos:
+    made = TruthVideos(TruthSource(3))
+    made.chunking = Chunking(frames=frames)
+    return made
+
+
+def test_views_need_not_be_square(tmp_path: Path) -> None:
+    summary = run_recall(
+        CONFIG.replace(scenes=2, absence=(2.0,)), (TruthVideos(TruthSource(3, 64, 96)),), tmp_path
+    )
+    assert summary.sources["truth"].absences[0].gated["recalled"].value == 1
+
+
+def test_a_sink_that_keeps_what_is_asked_for_is_refused() -> None:
+    pipeline = small_pipeline(sink_frames=12, window_frames=16)
+    videos = ModelVideos(pipeline, "tiny", "own", PromptSwitch(text=""))
+    scenes = scenes_of(CONFIG, 1.0, 64, videos.chunking.boundary)
+    with pytest.raises(EvalError, match="a sink of 12 latent frames keeps what is to be recalled"):
+        videos.check(scenes)
+    ModelVideos(small_pipeline(), "tiny", "own", PromptSwitch(text="")).check(scenes)
     unlimited = ModelVideos(small_pipeline(window_frames=None), "tiny", "own", PromptSwitch(text=""))
     with pytest.raises(EvalError, match="unlimited"):
         run_recall(CONFIG, (unlimited,), Path("unused"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,20 +21,20 @@ class Arguments(Config):
     sheets go into the output directory. A run that was stopped goes on with the same command.
 
     Attributes:
-        scenes: for each absence; an even number where memories are swapped.
-        absence: for how long the target is away, in windows of the model.
+        scenes: for each absence; an even number where memories are swapped. More can be added later.
+        absence: for how long the target is away, in windows of the model. More can be added later.
         kind: pan as above; narrative for prompts A, B and A again, without a camera.
         policies: what becomes of the model's past, the one to compare others with first: own; off or prior,
             modes of a learned memory; swapped, a control in which two streams exchange their memories;
-            window; full, without a limit; or a policy with settings, such as key_frames:stride=4. NAME@PATH
-            is another model with its own policy.
+            window; full, without a limit; or a policy with settings, such as key_frames:stride=4 or
+            window:window_frames=13. NAME@PATH is another model with its own policy.
         seed: chooses the scenes.
         out: directory for everything that is written; it is created.
         model_path: name of a model that `longtake models` lists, or path of a .safetensors file.
         split: combinations and wordings that training may see, those held out from it, or any.
         batch: streams generated together, in pairs; it changes no result beyond rounding.
         sink: what a prompt switch does with the first frames: keep them, encode them again or drop them.
-        memory: what it does with the memory.
+        memory: what it does with the memory; own: what the model does by itself.
         window: what it does with the last frames.
     """
 
@@ -47,8 +48,13 @@ class Arguments(Config):
     split: Literal["train", "heldout", "any"] = "any"
     batch: int = Field(16, ge=1)
     sink: Literal["keep", "reencode", "drop"] = "keep"
-    memory: Literal["keep", "rebuild", "reset"] = "keep"
+    memory: Literal["own", "keep", "rebuild", "reset"] = "own"
     window: Literal["reencode", "keep"] = "reencode"
+
+
+def _apart(policies: Sequence[str]) -> list[str]:
+    """One each where several are written with commas between them, which settings have too."""
+    return [text for several in policies for text in re.split(r",(?!\w+=)(?![^\[]*\])", several) if text]
 
 
 def run(arguments: Arguments) -> int:
@@ -61,15 +67,17 @@ def run(arguments: Arguments) -> int:
     from longtake.stream.state import PromptSwitch
 
     config = config_of(RecallConfig, arguments)
-    switch = PromptSwitch(text="", sink=arguments.sink, memory=arguments.memory, window=arguments.window)
     model = load_model(arguments.model_path)
+    memory = model.pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
+    switch = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
     sources: list[RecallVideos] = []
-    for text in arguments.policies:
+    for text in _apart(arguments.policies):
         name, at, path = text.partition("@")
+        swaps = name == SWAPPED
         used = load_model(path) if at else model
         pipeline = used.pipeline if at else with_policy(used.pipeline, text)
         name = re.sub(r"[^\w.]+", "-", name)  # it names files
-        sources.append(ModelVideos(pipeline, used.card.name, name, switch, swaps=text == SWAPPED))
+        sources.append(ModelVideos(pipeline, used.card.name, name, switch, swaps=swaps))
     size = (model.pipeline.config.height, model.pipeline.config.width)
     sources.append(TruthVideos(TruthSource(3, *size, chunking_of(model.pipeline))))
     make_directory(arguments.out)

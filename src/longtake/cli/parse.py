@@ -11,7 +11,7 @@ import io
 import re
 from collections.abc import Sequence
 from contextlib import redirect_stderr
-from typing import Final, TypeVar
+from typing import Final, TypeVar, get_args, get_origin
 
 import tyro
 
@@ -51,10 +51,11 @@ def parse(arguments: type[ConfigT], prog: str, argv: Sequence[str]) -> ConfigT |
             return None
         raise AssertionError("tyro prints help and exits")
     _refuse_unknown_options(arguments, prog, argv)
+    argv = _split_numbers(arguments, argv)
     box = io.StringIO()
     try:
         with redirect_stderr(box):
-            return tyro.cli(arguments, prog=prog, args=list(argv), config=(tyro.conf.FlagCreatePairsOff,))
+            return tyro.cli(arguments, prog=prog, args=argv, config=(tyro.conf.FlagCreatePairsOff,))
     except SystemExit:
         raise _unfold(box.getvalue(), prog) from None
     except ConfigError as error:
@@ -74,6 +75,26 @@ def _refuse_unknown_options(arguments: type[Config], prog: str, argv: Sequence[s
         name = token.split("=", 1)[0]
         if name.startswith("--") and name.replace("_", "-") not in options:
             raise UsageError(f"{prog}: unknown option {name!r}", nearest(name, options))
+
+
+def _split_numbers(arguments: type[Config], argv: Sequence[str]) -> list[str]:
+    """The same with numbers of a list apart that are written with commas between them: `--absence 1,2,5`."""
+    lists = {
+        option(name)
+        for name, field in arguments.model_fields.items()
+        if get_origin(field.annotation) is tuple and get_args(field.annotation)[0] in (int, float)
+    }
+    tokens: list[str] = []
+    within = False
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if token.startswith("--"):
+            within = name.replace("_", "-") in lists
+            if within and equals and "," in value:
+                tokens.append(name)
+                token = value
+        tokens += filter(None, token.split(",")) if within and not token.startswith("--") else [token]
+    return tokens
 
 
 def _unfold(box: str, prog: str) -> UsageError:

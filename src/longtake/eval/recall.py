@@ -31,11 +31,12 @@ from longtake.eval.recall_records import (
 )
 from longtake.eval.recall_summary import RecallSummary, summarize
 from longtake.eval.records import RecordFile
-from longtake.eval.script import Chunking, Script
+from longtake.eval.script import Script
 from longtake.eval.sheet import SheetKeeper
 from longtake.eval.source import Source, TruthSource
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
+from longtake.history.policy import MemoryGrid
 from longtake.history.positions import Absolute, Relative
 from longtake.history.window import WindowConfig
 from longtake.io.plot import pyplot
@@ -59,6 +60,11 @@ SWAPPED: Final = "swapped"
 class RecallVideos(Source, Protocol):
     """Makes videos of recall scenes, a batch at a time."""
 
+    @property
+    def aspect(self) -> float:
+        """Width of the view over its height."""
+        ...
+
     def check(self, scenes: Sequence[RecallScene]) -> None:
         """Refuses scenes that it cannot film as asked. Raises EvalError."""
         ...
@@ -77,6 +83,7 @@ class TruthVideos:
         self._truth = truth
         self.chunking = truth.chunking
         self.about = truth.about
+        self.aspect = truth.width / truth.height
 
     def check(self, scenes: Sequence[RecallScene]) -> None:
         """Anything can be rendered."""
@@ -102,7 +109,7 @@ class ModelVideos:
             other's memory.
 
     Raises:
-        EvalError: Memories are to be swapped, and there are none.
+        EvalError: Memories are to be swapped, and there are none, or prompt switches would undo it.
     """
 
     def __init__(
@@ -123,16 +130,36 @@ class ModelVideos:
             raise EvalError(
                 f"{name!r} has no memories to swap", "leave it out, or test a model with a memory"
             )
+        if swaps and switch.memory != "keep":
+            raise EvalError(
+                f"{name!r}: memory={switch.memory!r} at prompt switches leaves nothing of what was swapped",
+                'use memory "keep"',
+            )
         source = self._source(None)
+        config = pipeline.config
         self.chunking = source.chunking
+        self.aspect = config.width / config.height
         self.about = {
             **source.about,
-            "policy": pipeline.config.history.policy.model_dump_json(),
+            "policy": config.history.policy.model_dump_json(),
+            "window": _window_in_words(config.history),
+            "memory": "none" if memory is None else _memory_in_words(memory, pipeline.dit.config.num_layers),
             "swaps": str(swaps),
         }
 
     def check(self, scenes: Sequence[RecallScene]) -> None:
-        """Where memories are swapped, both of a pair must be away for long enough."""
+        """What is asked for must come after the sink has filled. Where memories are swapped, both of a pair
+        must be away for long enough.
+        """
+        history = self._pipeline.config.history
+        sink = self._pipeline.num_pixel_frames(history.sink_frames) if history.sink_frames else 0
+        earliest = min(made.shown_from for made in scenes)
+        if sink > earliest:
+            raise EvalError(
+                f"{self.name}: a sink of {history.sink_frames} latent frames keeps what is to be recalled, "
+                f"which comes at frame {earliest}",
+                "test a model with a smaller sink",
+            )
         if self._swaps:
             self._swap_frames(scenes)
 
@@ -189,14 +216,19 @@ def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
     Args:
         pipeline: The model.
         text: "own" or "swapped" for its own; "off" or "prior" for a learned memory's other modes; "window"
-            for none; "full" for an unlimited window; else a policy's kind, with settings if they are not to
-            be the defaults: "key_frames:stride=4,num_frames=3".
+            for none; "full" for an unlimited window, with ids that the model may never have seen; else a
+            policy's kind. Kinds may have settings, "key_frames:stride=4,num_frames=3", of which
+            "window_frames" and "f_max" are the window's and the positions'. A policy that keeps frames keeps
+            as many as the model's own memory has, where nothing else is asked for.
 
     Raises:
-        EvalError: No such policy. ConfigError: Settings that do not fit.
+        EvalError: No such policy, settings where there are none, or more frames than the ids of the model
+            hold. ConfigError: Settings that do not fit.
     """
     history = pipeline.config.history
     kind, _, rest = text.partition(":")
+    if rest and kind in (OWN, SWAPPED, "off", "prior", "full"):
+        raise EvalError(f"{text!r}: {kind!r} has no settings", f"write {kind!r}")
     if kind in (OWN, SWAPPED):
         return pipeline
     if kind in ("off", "prior"):
@@ -209,21 +241,49 @@ def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
     elif kind == "full":
         changed = history.replace(window_frames=None, positions=Absolute(), policy=WindowConfig())
     else:
-        changed = HistoryConfig.loads(
-            json.dumps({**json.loads(history.dumps()), "policy": {"kind": kind, **_settings(rest, text)}}),
-            source=f"--policies {text}",
-        )
-        changed = _with_room(pipeline, changed)
+        settings = _settings(rest, text)
+        whole = json.loads(history.dumps())
+        if "window_frames" in settings:
+            whole["window_frames"] = settings.pop("window_frames")
+        if "f_max" in settings:
+            whole["positions"] = {"kind": "relative", "f_max": settings.pop("f_max")}
+        grid = pipeline.dit.token_grid(*pipeline.latent_shape[2:])
+        memory = pipeline.dit.policy(history.policy, grid).memory_grid
+        if memory is not None and kind in _KEEPS_FRAMES:
+            settings.setdefault("num_frames", memory.num_frames)
+        whole["policy"] = {"kind": kind, **settings}
+        changed = HistoryConfig.loads(json.dumps(whole), source=f"--policies {text}")
+        _check_room(pipeline, changed, text)
     return pipeline.with_history(changed)
 
 
-def _with_room(pipeline: Pipeline, history: HistoryConfig) -> HistoryConfig:
+_KEEPS_FRAMES: Final = ("key_frames", "most_attended")
+
+
+def _check_room(pipeline: Pipeline, history: HistoryConfig, text: str) -> None:
+    """Refuses what needs ids that the model was not trained with, unless they are asked for."""
     grid = pipeline.dit.token_grid(*pipeline.latent_shape[2:])
     memory = pipeline.dit.policy(history.policy, grid).memory_grid
-    if memory is None or history.window_frames is None or not isinstance(history.positions, Relative):
-        return history
-    needed = history.window_frames + memory.num_frames - 1
-    return history.replace(positions=Relative(f_max=max(history.positions.f_max, needed)))
+    if history.window_frames is None or not isinstance(history.positions, Relative):
+        return
+    needed = history.window_frames + (0 if memory is None else memory.num_frames) - 1
+    if needed > history.positions.f_max:
+        raise EvalError(
+            f"{text!r} needs ids up to {needed}, and the model has them up to {history.positions.f_max}",
+            f"ask for less, or add f_max={needed} to run it with ids that it has never seen",
+        )
+
+
+def _window_in_words(history: HistoryConfig) -> str:
+    ids = f"ids 0..{history.positions.f_max}" if isinstance(history.positions, Relative) else "absolute ids"
+    if history.window_frames is None:
+        return f"no limit, {ids}"
+    return f"{history.window_frames} latent frames, {history.sink_frames} of them a sink, {ids}"
+
+
+def _memory_in_words(memory: MemoryGrid, num_layers: int) -> str:
+    readers = num_layers if memory.layers is None else len(memory.layers)
+    return f"{memory.num_tokens} tokens, read by {readers} of {num_layers} layers"
 
 
 def _settings(text: str, whole: str) -> dict[str, object]:
@@ -267,11 +327,26 @@ def run_recall(
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
         raise EvalError(f"sources {names} share a name", "name each policy once")
-    scenes = {length: scenes_of(config, length, window, chunking.boundary) for length in config.absence}
+    aspect = sources[0].aspect
+    scenes = {
+        length: scenes_of(config, length, window, chunking.boundary, aspect) for length in config.absence
+    }
+    files = {}
     for source in sources:
+        theirs = source.chunking
+        if (theirs.first_frames, theirs.frames) != (chunking.first_frames, chunking.frames):
+            raise EvalError(f"{source.name} makes chunks of another length", "compare models of equal chunks")
+        if source.aspect != aspect:
+            raise EvalError(f"{source.name} makes pictures of another shape", "compare models of one shape")
         for listed in scenes.values():
             source.check(listed)
-    records = {source.name: _records(config, source, scenes, chunking, out, progress) for source in sources}
+        header = {**header_of(config, chunking, aspect), "source": source.name, "about": source.about}
+        files[source.name] = RecordFile(out / f"recall-{source.name}.jsonl", RecallRecord, header)
+    found = {name: file.resume() for name, file in files.items()}  # refused before anything is filmed
+    records = {
+        source.name: _records(config, source, scenes, files[source.name], found[source.name], progress)
+        for source in sources
+    }
     generator = hashlib.sha256(repr(list(scenes.values())).encode()).hexdigest()
     summary = RecallSummary(
         test=NAME,
@@ -291,19 +366,15 @@ def _records(
     config: RecallConfig,
     source: RecallVideos,
     scenes: dict[float, list[RecallScene]],
-    chunking: Chunking,
-    out: Path,
+    file: RecordFile[RecallRecord],
+    recorded: Sequence[RecallRecord],
     progress: Callable[[str, int, int], None] | None,
 ) -> list[RecallRecord]:
-    theirs = source.chunking
-    if (theirs.first_frames, theirs.frames) != (chunking.first_frames, chunking.frames):
-        raise EvalError(f"{source.name} makes chunks of another length", "compare models of equal chunks")
-    header = {**header_of(config), "source": source.name, "about": source.about}
-    file = RecordFile(out / f"recall-{source.name}.jsonl", RecallRecord, header)
-    found = {(record.absence, record.index): record for record in file.resume()}
-    total = sum(len(listed) for listed in scenes.values())
+    wanted = [(absence, index) for absence, listed in scenes.items() for index in range(len(listed))]
+    found = {(record.absence, record.index): record for record in recorded}
+    found = {key: found[key] for key in wanted if key in found}
     for absence, listed in scenes.items():
-        sheet = out / f"recall-{source.name}-{absence:g}.png"
+        sheet = file.path.parent / f"recall-{source.name}-{absence:g}.png"
         for indices in _batches(config, absence, len(listed), found):
             batch = [listed[index] for index in indices]
             num_frames = max(made.num_frames for made in batch)
@@ -323,8 +394,8 @@ def _records(
             if not sheet.exists():
                 keeper.write(sheet, [Script(made.scene.captions).text for made in batch])
             if progress is not None:
-                progress(source.name, len(found), total)
-    return [found[absence, index] for absence, listed in scenes.items() for index in range(len(listed))]
+                progress(source.name, len(found), len(wanted))
+    return [found[key] for key in wanted]
 
 
 def _batches(

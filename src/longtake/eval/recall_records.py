@@ -10,6 +10,7 @@ Legend: s samples, k object slots.
 
 from __future__ import annotations
 
+import math
 from typing import Final, Literal
 
 import numpy as np
@@ -18,11 +19,20 @@ from pydantic import Field, model_validator
 
 from longtake.config import Config
 from longtake.errors import ConfigError
+from longtake.eval.errors import EvalError
 from longtake.eval.meter import Measured
 from longtake.eval.runner import FIRST_EVAL_SEED, SEEDS_APART
+from longtake.eval.script import Chunking
 from longtake.world import FPS, VERSION, Split
 from longtake.world.detect import Detections
-from longtake.world.recall import Align, RecallScene, narrative_scene, recall_scene, recall_targets
+from longtake.world.recall import (
+    Align,
+    RecallScene,
+    glide_frames,
+    narrative_scene,
+    recall_scene,
+    recall_targets,
+)
 from longtake.world.vocabulary import COLOURS, REFERENCE_HEIGHT, SHAPES, SIZES
 
 NAME: Final = "longtake-recall-v1"
@@ -48,7 +58,8 @@ class RecallConfig(Config):
 
     Attributes:
         scenes: For each absence.
-        absence: Lengths for which the target is away, in the model's windows.
+        absence: Lengths for which the target is away, in the model's windows; what left less than one ago is
+            still in it.
         kind: "pan": the camera leaves and comes back, and no prompt names the target then. "narrative": the
             prompts are A, B and A again.
         seed: Chooses the scenes.
@@ -65,9 +76,11 @@ class RecallConfig(Config):
 
     @model_validator(mode="after")
     def _differ(self) -> RecallConfig:
-        if len(set(self.absence)) < len(self.absence) or min(self.absence) <= 0:
+        if len(set(self.absence)) < len(self.absence):
+            raise ConfigError(f"absence={self.absence} repeats a length", "name each once")
+        if min(self.absence) < 1:
             raise ConfigError(
-                f"absence={self.absence} repeats a length or has one that is not positive", "name each once"
+                f"absence={self.absence}: what left less than a window ago is still in it", "use 1 or more"
             )
         return self
 
@@ -145,19 +158,46 @@ class RecallRecord(Config):
         return self.was_shown and self.has_left
 
 
-def scenes_of(config: RecallConfig, absence: float, window_frames: int, align: Align) -> list[RecallScene]:
-    """The scenes of one absence, the same for every source whose chunks begin at the same frames."""
+def scenes_of(
+    config: RecallConfig, absence: float, window_frames: int, align: Align, aspect: float = 1.0
+) -> list[RecallScene]:
+    """The scenes of one absence, the same for every source whose chunks begin at the same frames; a larger
+    number of them begins with those of a smaller one.
+
+    Raises:
+        EvalError: An absence in which the camera does not come to rest.
+    """
     make = recall_scene if config.kind == "pan" else narrative_scene
+    if config.kind == "pan" and round(absence * window_frames) < glide_frames(aspect):
+        raise EvalError(
+            f"an absence of {absence:g} windows of {window_frames} frames ends before the camera is at rest",
+            f"use {math.ceil(100 * glide_frames(aspect) / window_frames) / 100:g} windows or more",
+        )
     first = FIRST_EVAL_SEED + config.seed * SEEDS_APART
     targets = recall_targets(config.scenes, config.seed, config.split)
     frames = round(absence * window_frames)
-    return [make(first + i, target, frames, align, config.split) for i, target in enumerate(targets)]
+    return [make(first + i, target, frames, align, config.split, aspect) for i, target in enumerate(targets)]
 
 
-def header_of(config: RecallConfig) -> dict[str, object]:
-    """What runs must share for their records to be put together."""
-    comparable = config.replace(batch=RecallConfig().batch)  # the batch changes no result
-    return {"test": NAME, "config": comparable.digest(), "world": VERSION}
+def header_of(config: RecallConfig, chunking: Chunking, aspect: float) -> dict[str, object]:
+    """What runs must share for their records to be put together: all that a scene depends on but its number
+    and its absence, so that scenes and absences can be added.
+
+    Args:
+        config: The test.
+        chunking: Of the subject, in whose windows absences are counted.
+        aspect: Width of the view over its height.
+    """
+    return {
+        "test": NAME,
+        "kind": config.kind,
+        "seed": config.seed,
+        "split": config.split,
+        "world": VERSION,
+        "window_frames": chunking.window_frames,
+        "chunks": [chunking.first_frames, chunking.frames],
+        "aspect": aspect,
+    }
 
 
 def record_of(index: int, absence: float, made: RecallScene, measured: Measured) -> RecallRecord:

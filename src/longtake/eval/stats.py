@@ -24,7 +24,7 @@ class Estimate(Config):
     num: int
 
 
-def wilson(successes: int, total: int) -> tuple[float, float]:
+def wilson(successes: float, total: int) -> tuple[float, float]:
     """Wilson's score interval of a proportion (Wilson 1927), 95 %.
 
     Sensible at 0 and 1 and for small totals, where the normal approximation is not. (0, 1) without data.
@@ -52,15 +52,19 @@ def estimate(values: Sequence[float | None], proportion: bool = False) -> Estima
 
     Args:
         values: One per scene.
-        proportion: Whether they are shares, 0 to 1; where each is 0 or 1 the interval is then Wilson's.
+        proportion: Whether they are shares, 0 to 1. Wilson's interval of their mean is then the least: it is
+            exact where each is 0 or 1, wide enough for shares between, and no point where few are all alike.
     """
     known = [float(value) for value in values if value is not None and not math.isnan(value)]
     if not known:
         return Estimate(value=None, low=None, high=None, num=0)
     if proportion and all(value in (0.0, 1.0) for value in known):
-        low, high = wilson(round(sum(known)), len(known))
+        low, high = wilson(sum(known), len(known))
     else:
         low, high = bootstrap(known)
+        if proportion:
+            least, most = wilson(sum(known), len(known))
+            low, high = min(low, least), max(high, most)
     return Estimate(value=float(np.mean(known)), low=low, high=high, num=len(known))
 
 
