@@ -147,6 +147,136 @@ def of_layers(shared: MemoryEncoder, num_readings: int = 2) -> MemoryEncoder:
     return made
 
 
+@pytest.mark.parametrize(("rows", "row_ids"), [(2, (0.0, 1.0)), (1, (0.5,))])
+def test_memory_keys_are_turned_by_the_ids_of_the_design(rows: int, row_ids: tuple[float, ...]) -> None:
+    """Window 5, sink 1, two frames of memory, f_max 6: the sink has id 0, the memory 1 and 2, local frames 3
+    and 4, the chunk 5 and 6; memory rows stand evenly spread over the grid's two. Only differences matter: the
+    chunk's frames are turned by their indices 8 and 9, and all else with them.
+    """
+    torch.manual_seed(0)
+    network = MemoryEncoder(encoder().config.replace(rows=rows))
+    used = EvolvingConfig().make(Surroundings(dense_layout(2, 2, 12), GRID, network))
+    dit = small_dit()
+    kept = PureHistory(CONFIG, dit.cache_spec(), GRID, policy=used)
+    with torch.no_grad():
+        for x in torch.randn(4, 1, 2, 3, *GRID):
+            _, entries = dit(x, x.new_zeros(1, 2), text_of(dit).select([0]), kept.view())
+            kept = kept.commit(entries)
+        raw = used.read(kept.state or {}).layers[1]
+    view = kept.view()
+    (parts,) = (
+        parts
+        for parts in view.past(1)
+        if parts["v"].shape == raw["v"].shape and torch.equal(parts["v"], raw["v"])
+    )
+    places = [(time, row, column) for time in (4.0, 5.0) for row in row_ids for column in (0.0, 1.0, 2.0)]
+    axes = [[place * 10000 ** (-i / 2) for place in axis for i in range(2)] for axis in places]
+    spin = torch.polar(torch.ones(len(places), 6).double(), torch.tensor(axes).double())
+    wanted = torch.view_as_complex(raw["k"].double().unflatten(-1, (6, 2))) * spin[None, :, None]
+    torch.testing.assert_close(parts["k"], torch.view_as_real(wanted).flatten(-2).float())
+    newest = torch.complex(view.phases.cos, view.phases.sin)[0, -GRID[0] * GRID[1], 0]
+    angle = torch.tensor([9.0, 9.0 / 100, 0.0, 0.0, 0.0, 0.0])  # of the last frame's first token
+    torch.testing.assert_close(newest, torch.polar(torch.ones(6), angle))
+
+
+def test_a_state_in_half_precision_would_stand_still() -> None:
+    """Where a gate keeps nearly all of it, what an update adds is less than a half number's step."""
+    network = encoder()
+    torch.nn.init.constant_(network.gate_linear.bias, 5.0)
+    torch.nn.init.zeros_(network.gate_linear.weight)
+    torch.manual_seed(0)
+    layer = {"k": torch.randn(1, 6, 2, 12), "v": torch.randn(1, 6, 2, 12)}
+    states = []
+    for dtype in (torch.float32, torch.bfloat16):
+        used = policy(network=network.to(dtype))
+        entries = Entries(({}, {name: part.to(dtype) for name, part in layer.items()}))
+        state = used.start(1, torch.device("cpu"), dtype)
+        with torch.no_grad():
+            for frame in range(300):
+                state = used.absorb(state, Evicted(((frame,),), entries))
+            assert all(part.dtype == dtype for part in used.read(state).layers[1].values())
+        states.append(state["memory"].float())
+    away = (states[0] - network.query_init.detach().float()).norm()
+    assert float((states[1] - states[0]).norm() / away) < 0.05
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5])
+def test_what_becomes_the_sink_is_taken_in_by_no_memory(chunks: int) -> None:
+    """After the sink was dropped, and the memory built anew of what the window still holds."""
+    dit, used = small_dit(), policy()
+    config = CONFIG.replace(window_frames=6, sink_frames=2, positions=Relative(f_max=7))
+    taken_in: list[tuple[int, ...]] = []
+    absorb = EvolvingPolicy.absorb
+
+    def noted(self: EvolvingPolicy, state: dict[str, Tensor], evicted: Evicted) -> dict[str, Tensor]:
+        taken_in.append(evicted.frames[0])
+        return absorb(self, state, evicted)
+
+    pure, fixed = PureHistory(config, dit.cache_spec(), GRID, policy=used), None
+    fixed = SlotHistory(config, dit.cache_spec(), GRID, 1, policy=used)
+    slot = fixed.join()
+    x = torch.randn(12, 1, 2, 3, *GRID)
+    text = text_of(dit).select([0])
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(EvolvingPolicy, "absorb", noted)
+        for index, chunk in enumerate(x):
+            if index == chunks:
+                taken_in.clear()
+                pure = pure.without_sink().with_memory("rebuild")
+                fixed.drop_sink(slot)
+                fixed.reset_memory(slot, rebuild=True)
+            view = pure.view()
+            flow, entries = dit(chunk, chunk.new_zeros(1, 2), text, view)
+            same, _ = dit(chunk, chunk.new_zeros(1, 2), text, fixed.view([slot]))
+            torch.testing.assert_close(flow, same, atol=2e-5, rtol=1e-4)
+            pure = pure.commit(entries)
+            fixed.commit(entries, [slot])
+    assert len(pure.sink_frames) == 2
+    assert taken_in
+    assert not {frame for frames in taken_in for frame in frames} & set(pure.sink_frames)
+
+
+def test_exchanged_memories_are_those_of_the_other_stream() -> None:
+    """In state and in what chunks read; twice is as before, and other streams keep theirs."""
+    dit, used = small_dit(), policy()
+    history = SlotHistory(CONFIG, dit.cache_spec(), GRID, 3, policy=used)
+    slots = [history.join() for _ in range(3)]
+
+    def memories() -> list[dict[str, Tensor]]:
+        made = []
+        for slot in slots:
+            _, tensors = history.export_slot(slot)
+            made.append({name: part for name, part in tensors.items() if "past" not in name})
+        return made
+
+    def read(slot: int) -> Tensor:
+        with torch.no_grad():
+            return dit(x[:1], x.new_zeros(1, 2), text_of(dit).select([0]), history.view([slot]))[0]
+
+    generator = torch.Generator().manual_seed(0)
+    text = TextContext.stack([text_of(dit).select([0])] * 3)
+    with torch.no_grad():
+        for _ in range(5):
+            x = torch.randn(3, 2, 3, *GRID, generator=generator)
+            view = history.view(slots)
+            history.commit(context_pass(dit, text, view, x), slots)
+    flows = [read(slot) for slot in slots]  # memories are turned when they are first read
+    before = memories()
+    history.exchange_memories(slots[0], slots[1])
+    after = memories()
+    names = [name for name in before[0] if "memory" in name]
+    assert len(names) > 2
+    for name in names:
+        for now, then in ((0, 1), (1, 0), (2, 2)):
+            assert torch.equal(after[now][name], before[then][name]), name
+        assert not torch.equal(before[0][name], before[1][name]), name
+    assert not torch.allclose(read(slots[0]), flows[0])
+    assert torch.equal(read(slots[2]), flows[2])
+    history.exchange_memories(slots[0], slots[1])
+    for slot, flow in zip(slots, flows, strict=True):
+        torch.testing.assert_close(read(slot), flow)
+
+
 @pytest.mark.parametrize("readers", ["all", (1,)])
 def test_every_layer_may_have_a_reading_of_its_own(readers: object) -> None:
     dit, shared = small_dit(), encoder()

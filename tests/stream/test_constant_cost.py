@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from longtake.history.compression import AverageConfig, Band, PooledConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
+from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.stream.engine import Engine
 from tiny_parts import small_pipeline
 
@@ -33,7 +36,18 @@ class Allocations(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"positions": Relative(f_max=6)}, {"guidance": 2.0}, {"sink_frames": 3, "window_frames": 6}],
+    [
+        {},
+        {"positions": Relative(f_max=6)},
+        {"guidance": 2.0},
+        {"sink_frames": 3, "window_frames": 6},
+        {"policy": EvolvingConfig(), "positions": Relative(f_max=8)},
+        {"policy": EvolvingConfig(timing="second_pass"), "positions": Relative(f_max=8)},
+        {"policy": KeyFramesConfig(num_frames=2)},
+        {"policy": MostAttendedConfig(num_frames=2)},
+        {"policy": AverageConfig()},
+        {"policy": PooledConfig(bands=(Band(num_entries=1), Band(num_entries=1, num_frames=2)), num_ids=2)},
+    ],
 )
 def test_steps_allocate_alike_and_buffers_stay(changes: dict[str, Any]) -> None:
     engine = Engine(small_pipeline(**changes), num_streams=2)

@@ -182,8 +182,8 @@ class MemoryEncoder(nn.Module):
         for layer in self.layers:
             candidate_bmw = layer(candidate_bmw, k_bkhd, v_bkhd)
         candidate_bmw = self.connector_proj(candidate_bmw)
-        gate_bmw = torch.sigmoid(self.gate_linear(torch.cat([known_bmw, candidate_bmw], dim=-1)))
-        gate_bmw, candidate_bmw = gate_bmw.type_as(state_bmw), candidate_bmw.type_as(state_bmw)
+        gate_bmw = self.gate_linear(torch.cat([known_bmw, candidate_bmw], dim=-1))
+        gate_bmw, candidate_bmw = torch.sigmoid(gate_bmw.type_as(state_bmw)), candidate_bmw.type_as(state_bmw)
         updated_bmw: Tensor = gate_bmw * state_bmw + (1 - gate_bmw) * candidate_bmw
         return updated_bmw
 

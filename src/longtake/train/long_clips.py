@@ -79,8 +79,9 @@ class LongSource:
             pans: its camera pans; otherwise its prompt switches.
             leaves: every switch is to a scene that has nothing to do with the one before.
         """
+        aspect = self.config.width / self.config.height
         while True:
-            scene = sample_scene(seed, _LEVEL, self.config.split)
+            scene = sample_scene(seed, _LEVEL, self.config.split, aspect)
             if (len(scene.segments) == 1) == pans:
                 break
             seed += 1
@@ -93,7 +94,7 @@ class LongSource:
                 break
             if leaves and not pans:
                 level = _OTHER_LEVELS[(seed + index) % len(_OTHER_LEVELS)]
-                (segment,) = sample_scene(seed + index, level, self.config.split).segments
+                (segment,) = sample_scene(seed + index, level, self.config.split, aspect).segments
             start = chunk_start(chunk, self.config.chunk_frames, stride)
             segments.append(dataclasses.replace(segment, start=start))
             prompts.append((latent, segment.caption))
