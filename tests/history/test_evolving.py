@@ -150,8 +150,8 @@ def of_layers(shared: MemoryEncoder, num_readings: int = 2) -> MemoryEncoder:
 @pytest.mark.parametrize(("rows", "row_ids"), [(2, (0.0, 1.0)), (1, (0.5,))])
 def test_memory_keys_are_turned_by_the_ids_of_the_design(rows: int, row_ids: tuple[float, ...]) -> None:
     """Window 5, sink 1, two frames of memory, f_max 6: the sink has id 0, the memory 1 and 2, local frames 3
-    and 4, the chunk 5 and 6; memory rows stand evenly spread over the grid's two. Only differences matter: the
-    chunk's frames are turned by their indices 8 and 9, and all else with them.
+    and 4, the chunk 5 and 6; memory rows stand evenly spread over the grid's two. Only differences matter:
+    the chunk's frames are turned by their indices 8 and 9, and all else with them.
     """
     torch.manual_seed(0)
     network = MemoryEncoder(encoder().config.replace(rows=rows))
