@@ -78,3 +78,13 @@ def test_ratios_are_of_means() -> None:
     assert found.low is not None
     assert found.low >= 0.5
     assert paired_ratio([1.0], [0.0]).value is None
+
+
+def test_shares_that_are_nearly_alike_are_no_surer_than_wilson_is() -> None:
+    """A resample of few such values hardly ever differs from them."""
+    nearly = estimate([1.0] * 8 + [0.98], proportion=True)
+    exact = estimate([1.0] * 9, proportion=True)
+    assert nearly.low == pytest.approx(exact.low, abs=0.02)
+    assert estimate([0.96], proportion=True).low == pytest.approx(wilson(0.96, 1)[0])
+    spread = [0.0, 1.0] * 20 + [0.5]
+    assert estimate(spread, proportion=True).low <= bootstrap(spread)[0]
