@@ -14,6 +14,7 @@ from typing import Generic, TypeVar
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
+from longtake.io.files import write_whole
 
 RecordT = TypeVar("RecordT", bound=Config)
 
@@ -47,9 +48,7 @@ class RecordFile(Generic[RecordT]):
             ) from error
         records = self.read() if self.path.exists() else []
         lines = [json.dumps(self._header), *(record.model_dump_json() for record in records)]
-        partial = self.path.with_suffix(".part")
-        partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        write_whole(self.path, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
         return records
 
     def append(self, records: Iterable[RecordT]) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from longtake.errors import CheckpointError
+from longtake.io.files import write_whole
 from longtake.io.names import to_own, unwrap
 
 STORED_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
@@ -169,17 +170,13 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     Raises:
         CheckpointError: the disk is full or the path not writable.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+
+    def write(partial: Path) -> None:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, dict(metadata))
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"cannot write {path}: {error}", "free some space or choose another path"
-        ) from error
+
+    _write_told(path, write)
 
 
 def write_safetensors_by_one(
@@ -211,8 +208,8 @@ def write_safetensors_by_one(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, (shape, dtype) in shapes.items():
@@ -221,13 +218,18 @@ def write_safetensors_by_one(
                 file.write(tensor.flatten().view(torch.uint8).numpy().data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
+
+    _write_told(path, write)
+
+
+def _write_told(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file whole; what goes wrong is told."""
+    try:
+        write_whole(path, write)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write {path}: {error}", "free some space or choose another path"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
