@@ -87,6 +87,7 @@ def test_a_model_is_converted_mended_and_exported(tmp_path: Path) -> None:
         warm_start=str(converted),
         dit_model=dense.dit_model.replace(latent=latent),
         layers=LayersConfig(loop=loop(4), num_clips=2, num_chunks=2),
+        windows=dense.windows.replace(learns_from="parent"),
     )
     stages = ("latents", "layers", "windows", "export")
     train(mended, tmp_path / "mended", stages=stages)

@@ -238,7 +238,7 @@ def tiny_128() -> Recipe:
 def tiny_latent() -> Recipe:
     """The small model with latent attention: first `longtake convert tiny`; this mends what that lost."""
     dense = tiny()
-    loop = dense.windows.loop.replace(num_steps=600)
+    loop = dense.windows.loop.replace(num_steps=600, num_warmup_steps=20, ema_decay=0.98)
     return dense.replace(
         name="tiny-latent",
         parent="tiny",
@@ -248,5 +248,14 @@ def tiny_latent() -> Recipe:
             latent=LatentConfig(kv_rank=32, query_rank=None, nope_dim=24, rope_bands=(2, 1, 1))
         ),
         layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
-        windows=dense.windows.replace(loop=loop, muon_learning_rate=7e-4, adamw_learning_rate=4e-4),
+        windows=dense.windows.replace(
+            loop=loop,
+            learns_from="parent",
+            num_clips=3,
+            num_first_clips=8,
+            guide_weight=0.0,
+            prompt_guide_weight=0.0,
+            muon_learning_rate=1e-3,
+            adamw_learning_rate=5e-4,
+        ),
     )

@@ -121,6 +121,11 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
             f"{recipe.dit_model.latent} and parent={recipe.parent!r}",
             "set both, with warm_start to what `longtake convert` made of the parent",
         )
+    if recipe.needs_parent(stages) and recipe.parent is None:
+        raise ConfigError(
+            'learns_from="parent" names no model, since parent=None',
+            "set parent to the model whose predictions are to be learned",
+        )
     for stage in _WALKING:
         if stage in stages:
             _check_clips(recipe, stage)

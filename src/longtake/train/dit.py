@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from longtake.diffusion.flow import shift_sigmas
 from longtake.history.base import HistoryConfig
 from longtake.models.tiny_text import TinyTextEncoder
+from longtake.stream.state import PromptSwitch
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips
@@ -37,6 +38,7 @@ class DiTTask:
         steps: what every step walks through.
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
+        parent: whose predictions are the targets, in place of the clips; never changed.
     """
 
     def __init__(
@@ -47,8 +49,11 @@ class DiTTask:
         steps: Steps,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
+        parent: TextToLatents | None = None,
     ) -> None:
+        assert (parent is not None) == (config.learns_from == "parent"), "checked before"
         self.networks = module
+        self._parent = None if parent is None else parent.eval().requires_grad_(False)
         self.device = module.dit.patch_embedding.weight.device
         self.module: nn.Module = module
         self._probe: nn.Linear | None = None
@@ -151,6 +156,9 @@ class DiTTask:
         patch = dit.config.patch_size[-1]
         recompute = config.loop.recompute == "blocks"
         walk = Walk(dit, self.history, text, num_clips, *size, recompute=recompute)
+        parents = None
+        if self._parent is not None:
+            parents = _ParentsWalk(self._parent, self.history, captions, num_clips, *size)
         told = self._here(torch.tensor(clips.opens, dtype=torch.float32))
         results = []
         for chunk in range(num_chunks):
@@ -159,11 +167,15 @@ class DiTTask:
             switched = changed(before, captions)
             if switched:
                 walk.switch(self.networks.encode(captions), config.switch, switched)
+                if parents is not None:
+                    parents.switch(captions, config.switch, switched)
             clean = latents[:, span]
             if recall is not None:
                 recall.read(walk, chunk)
             if learned is not None and not learned[chunk]:
                 walk.commit(clean, learns=False)
+                if parents is not None:
+                    parents.commit(clean)
                 continue
             sigma = shift_sigmas(noise.stratified(num_copies * num_clips), config.sigma_shift)
             target = clean.repeat(num_copies, 1, 1, 1, 1)
@@ -177,6 +189,8 @@ class DiTTask:
                 predicted = walk.predict(noisy, sigma, reading)
             else:
                 predicted = walk.advance(noisy, sigma, context, reading)
+            if parents is not None:
+                target = parents.predict(noisy, sigma, None if last else context)
             counted = (told if chunk == 0 else torch.ones_like(told)).repeat(num_copies)
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
             guide = None
@@ -307,6 +321,41 @@ class Noise:
     def stratified(self, count: int) -> Tensor:
         """See `train.walk.stratified`."""
         return stratified(count, self.host).to(self._device, non_blocking=True)
+
+
+class _ParentsWalk:
+    """The frozen parent's way through the same clips, over a history of its own."""
+
+    def __init__(
+        self,
+        parent: TextToLatents,
+        history: HistoryConfig,
+        captions: list[str],
+        num_clips: int,
+        height: int,
+        width: int,
+    ) -> None:
+        self._parent = parent
+        with torch.no_grad():
+            text = parent.encode(captions)
+        self._walk = Walk(parent.dit, history, text, num_clips, height, width)
+
+    @torch.no_grad()
+    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor | None) -> Tensor:
+        """See `Walk.predict`, and `Walk.advance` where there is a context."""
+        if context_bfchw is None:
+            return self._walk.predict(noisy_rfchw, sigma_r)
+        return self._walk.advance(noisy_rfchw, sigma_r, context_bfchw)
+
+    @torch.no_grad()
+    def commit(self, context_bfchw: Tensor) -> None:
+        """See `Walk.commit`."""
+        self._walk.commit(context_bfchw)
+
+    @torch.no_grad()
+    def switch(self, captions: list[str], switch: PromptSwitch, rows: Sequence[int]) -> None:
+        """See `Walk.switch`."""
+        self._walk.switch(self._parent.encode(captions), switch, rows)
 
 
 class _Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +17,11 @@ class DiTTrainingConfig(ClipsPerStep):
     """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
 
     loop: LoopConfig = LoopConfig()
+    learns_from: Literal["clips", "parent"] = Field(
+        "clips",
+        description="what it is to predict: the clips themselves, or what the recipe's parent predicts where "
+        "it has seen the same of them",
+    )
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
     first_weight: float = Field(
         1.0, gt=0, description="of chunks that are trained alone, against 1 for each chunk of whole clips"

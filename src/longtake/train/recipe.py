@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, get_args
 
 from pydantic import Field, model_validator
@@ -61,7 +61,8 @@ class Recipe(Config):
         device: where networks are trained; on a CUDA device the stages latents, first, windows, memory and
             export.
         num_workers: processes that render clips ahead of a DiT's teacher forcing; 0: in its own.
-        parent: model name or file of the dense model that latent layers learn from; None where they do not.
+        parent: model name or file of the dense model that stage layers, and stages with
+            `learns_from="parent"`, learn from.
         stages: vae (reconstruction), latents (encode clips once), layers (every latent layer learns to answer
             as the parent's), first (first chunks only), windows (whole clips through the history), evictions
             (a memory alone, from what the frozen network's window lets go), memory (windows with clips that
@@ -107,6 +108,11 @@ class Recipe(Config):
                     f"set {name}.chunk_frames={chunk_frames}",
                 )
         return self
+
+    def needs_parent(self, stages: Collection[str]) -> bool:
+        """Whether any of these stages learns from the parent."""
+        learning = (name for name in ("first", "windows", "memory") if name in stages)
+        return "layers" in stages or any(getattr(self, name).learns_from == "parent" for name in learning)
 
     def history_of(self, stage: str) -> HistoryConfig:
         """What a stage of the DiT walks through: the stream's, but without its memory in stages that come

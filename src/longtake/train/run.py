@@ -83,7 +83,7 @@ def train(
         TrainingError: a stage does not fit into memory, its predecessor is missing, or the loss diverged.
     """
     recipe.check(stages or recipe.stages, this_machine(recipe.device, memory_gb))
-    if "layers" in (stages or recipe.stages):
+    if recipe.needs_parent(stages or recipe.stages):
         _parent(recipe)  # refused now rather than after other stages
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
@@ -224,7 +224,8 @@ def _train_dit(
     )
     steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
     rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
-    task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts)
+    parent = _parent(recipe).to(recipe.device) if config.learns_from == "parent" else None
+    task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts, parent)
     try:
         return networks.run(stage, task, config, networks.text_to_latents, seconds)
     finally:
@@ -276,7 +277,7 @@ def _train_memory_alone(
 
 
 def _parent(recipe: Recipe) -> TextToLatents:
-    """The dense model that latent layers learn from. Raises ConfigError where it is of other sizes."""
+    """The dense model that is learned from. Raises ConfigError where it is of other sizes."""
     assert recipe.parent is not None, "checked before"
     card, found = load_networks(resolve_model(recipe.parent))
     if card.dit != recipe.dit_model.dense() or card.text != recipe.text_model:

@@ -140,9 +140,14 @@ def plan_dit(
         config.loop.precision,
         only_adamw=config.optimizer,
     )
-    phases = [Phase("walks", cost), *_fresh_clips(sizes, config, arithmetic)]
     networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
     networks |= probes
+    phases = [Phase("walks", cost)]
+    if config.learns_from == "parent":
+        dense = replace(sizes, dit=sizes.dit.dense())
+        networks["parent"] = dense.networks(frozen=True)
+        phases = _side_by_side(("walks", cost), ("parent", _parents_walks(dense, config, arithmetic)))
+    phases += _fresh_clips(sizes, config, arithmetic)
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
 
@@ -207,6 +212,25 @@ def _sparse_walk(sizes: Sizes, config: DiTTrainingConfig, walk: _SparseWalk, ari
         else:
             cost += costs.forward((config.num_copies + 1) * count, chunk, True, count, count)
         cost += costs.memory(count, chunk, True)
+    return cost
+
+
+def _parents_walks(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic) -> Cost:
+    """What the parent, of the sizes given, sees of everything, without gradients."""
+    costs, cost = sizes.costs(arithmetic), Cost()
+    walks = [(count, chunks, chunks, config.copies_of(chunks), 1) for count, chunks in config.walks]
+    walks += [
+        (walk.num_clips, walk.num_chunks, walk.num_learned, config.num_copies, walk.num_prompts)
+        for walk in _sparse_walks(sizes, config)
+    ]
+    for count, num_chunks, num_learned, copies, num_prompts in walks:
+        cost += sizes.text_cost(count, False, arithmetic).repeated(num_prompts)
+        for chunk in range(num_chunks):
+            noisy = 0 if chunk < num_chunks - num_learned else copies * count
+            commits = 0 if chunk == num_chunks - 1 else count
+            held = costs.kept_rows(count, chunk) if commits else 0
+            cost += costs.forward(noisy + commits, chunk, num_committed=held, base_rows=count)
+            cost += costs.memory(count, chunk, False)
     return cost
 
 
