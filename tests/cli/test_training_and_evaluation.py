@@ -63,6 +63,29 @@ def test_a_random_model_does_not_meet_the_bars(tmp_path: Path, capsys: pytest.Ca
     }
 
 
+def test_two_policies_of_one_model_are_compared_pair_by_pair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_model(tmp_path / "model.safetensors")
+    argv = ["--scenes", "2", "--seconds", "2", "--window-seconds", "2", "--diversity-prompts", "0"]
+    common = ["eval", "world", *argv, "--model-path", str(model)]
+    ran = []
+    for name, more in (("own", []), ("kept", ["--policy", "key_frames:stride=2,f_max=9"])):
+        out = tmp_path / name
+        against = ["--against", str(tmp_path / "own")] if ran else []
+        assert main([*common, *more, *against, "--out", str(out)]) == 0
+        ran.append(json.loads((out / "summary.json").read_text()))
+    own, kept = (summary["sources"]["model"]["about"] for summary in ran)
+    assert own["weights"] == kept["weights"]
+    assert own["stream_config"] != kept["stream_config"]
+    assert ran[1]["against"]["present"]["num"] == 2
+    capsys.readouterr()
+    for policy, refusal in (("swapped", "nothing to swap"), ("off", "is a mode of a learned memory")):
+        assert main([*common, "--policy", policy, "--out", str(tmp_path / policy)]) == 2
+        assert refusal in capsys.readouterr().err
+        assert not (tmp_path / policy).exists()
+
+
 def test_a_random_autoencoder_does_not_meet_the_bars(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

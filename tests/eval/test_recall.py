@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
+from longtake.eval.policies import with_policy
 from longtake.eval.recall import PNG_NAME, SUMMARY_NAME, run_recall
-from longtake.eval.recall_policies import with_policy
 from longtake.eval.recall_records import PLACE_PX, RecallConfig, scenes_of
 from longtake.eval.recall_summary import AbsenceFigures, RecallSummary
 from longtake.eval.recall_videos import ModelVideos, TruthVideos

@@ -60,8 +60,8 @@ def _apart(policies: Sequence[str]) -> list[str]:
 def run(arguments: Arguments) -> int:
     """Test; returns the exit code."""
     from longtake.eval.model import chunking_of
+    from longtake.eval.policies import SWAPPED, with_policy
     from longtake.eval.recall import run_recall
-    from longtake.eval.recall_policies import SWAPPED, with_policy
     from longtake.eval.recall_records import RecallConfig
     from longtake.eval.recall_videos import ModelVideos, RecallVideos, TruthVideos
     from longtake.eval.source import TruthSource

@@ -28,6 +28,8 @@ class Arguments(Config):
         model_path: name of a model that `longtake models` lists, or path of a .safetensors file.
         num_inference_steps: denoising steps of every chunk; the model's own where it is left out.
         guidance_scale: of classifier-free guidance, 1 for none; the model's own where it is left out.
+        policy: what becomes of frames that leave the window: "own", the model's; of a learned memory "prior"
+            (its initial state alone) or "off"; or any that `longtake eval recall` takes.
         split: combinations and wordings that training may see, those held out from it, or any.
         sample_every_frames: every n-th frame goes to the detectors; at level 3 every second one at least.
         window_seconds: motion and drift are judged per window of this length.
@@ -48,6 +50,7 @@ class Arguments(Config):
     model_path: str = "tiny"
     num_inference_steps: int | None = Field(None, ge=1, le=1000)
     guidance_scale: float | None = Field(None, ge=0)
+    policy: str = "own"
     split: Literal["train", "heldout", "any"] = "any"
     sample_every_frames: int = Field(4, ge=1, le=6)
     window_seconds: float = Field(5.0, ge=2.0)
@@ -61,19 +64,27 @@ class Arguments(Config):
 
 def run(arguments: Arguments) -> int:
     """Evaluate; returns the exit code, 0 whether or not the bars are met."""
+    from longtake.eval.errors import EvalError
     from longtake.eval.model import ModelSource, ceilings
+    from longtake.eval.policies import SWAPPED, with_policy
     from longtake.eval.runner import Shard, WorldEvalConfig
     from longtake.eval.score import SHARES
     from longtake.eval.source import TruthSource, VideoSource
     from longtake.eval.world import run_world_eval
     from longtake.stream.bundle import load_model
 
+    if arguments.policy.partition(":")[0] == SWAPPED:
+        raise EvalError(
+            f"--policy {arguments.policy}: streams of `longtake eval world` have nothing to swap",
+            "use `longtake eval recall --policies own swapped`",
+        )
     config, shard = config_of(WorldEvalConfig, arguments), Shard.parse(arguments.shard)
     subject: VideoSource = TruthSource(config.level)
     others: tuple[VideoSource, ...] = ()
     if not arguments.ceiling_only:
         model = load_model(arguments.model_path)
-        pipeline = model.pipeline.with_sampler(arguments.num_inference_steps, arguments.guidance_scale)
+        sampled = model.pipeline.with_sampler(arguments.num_inference_steps, arguments.guidance_scale)
+        pipeline = with_policy(sampled, arguments.policy)
         subject, others = ModelSource(pipeline, model.card.name), ceilings(pipeline, config.level)
     summary = run_world_eval(config, subject, others, arguments.out, shard, Progress(), arguments.against)
     if summary is None:
