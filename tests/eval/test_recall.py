@@ -15,8 +15,8 @@ from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
 from longtake.eval.policies import with_policy
 from longtake.eval.recall import PNG_NAME, SUMMARY_NAME, run_recall
-from longtake.eval.recall_records import PLACE_PX, RecallConfig, scenes_of
-from longtake.eval.recall_summary import AbsenceFigures, RecallSummary
+from longtake.eval.recall_records import PLACE_PX, RecallConfig, RecallRecord, scenes_of
+from longtake.eval.recall_summary import AbsenceFigures, RecallSummary, summarize
 from longtake.eval.recall_videos import ModelVideos, TruthVideos
 from longtake.eval.script import Chunking
 from longtake.eval.source import TruthSource
@@ -159,6 +159,65 @@ def test_what_was_not_asked_for_right_is_no_evidence(tmp_path: Path, fault: str,
     assert getattr(item, gate).value == 0
     assert item.gated["recalled"].value is None
     assert item.all["recalled"].value == 1
+
+
+def test_every_frame_is_kept_with_its_phase(tmp_path: Path) -> None:
+    """Of scenes of different lengths in one batch, each to its own end."""
+    config = CONFIG.replace(absence=(1.0,), batch=4)
+    run_recall(config, (FaultyVideos("none"),), tmp_path)
+    made = scenes_of(config, 1.0, WINDOW, Chunking().boundary)
+    for record, scene in zip(_records_in(tmp_path), made, strict=True):
+        spans = {
+            "v": range(scene.shown_from + 12, scene.away_from),
+            "a": range(scene.left_at + 8, scene.back_from),
+            "r": range(scene.home_at + 4, scene.num_frames),
+        }
+        assert len(record.phases) == len(record.seen) == scene.num_frames
+        for letter, frames in spans.items():
+            assert frames
+            assert [i for i, found in enumerate(record.phases) if found == letter] == list(frames)
+        in_view = {frame for letter in "vr" for frame in spans[letter]}
+        assert all(record.seen[frame] == "1" for frame in in_view)
+        assert all(record.seen[frame] == "0" for frame in spans["a"])
+
+
+def _records_in(out: Path) -> list[RecallRecord]:
+    lines = (out / "recall-model.jsonl").read_text().splitlines()[1:]
+    return [RecallRecord.model_validate_json(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("shown", "away", "gated"), [(0.5, 0.1, True), (0.49, 0.1, False), (0.5, 0.11, False)]
+)
+def test_the_gate_is_half_shown_and_nine_tenths_gone(
+    tmp_path: Path, shown: float, away: float, gated: bool
+) -> None:
+    run_recall(CONFIG, (FaultyVideos("none"),), tmp_path)
+    record = _records_in(tmp_path)[0].replace(shown=shown, seen_while_absent=away)
+    assert record.gated is gated
+
+
+def test_where_nothing_was_shown_there_is_no_place_to_be_back_in(tmp_path: Path) -> None:
+    assert figures("never shows", tmp_path).all["place"].value is None
+    assert all(record.place is None and record.shown_x is None for record in _records_in(tmp_path))
+
+
+def test_chance_of_place_counts_places_within_the_radius(tmp_path: Path) -> None:
+    run_recall(CONFIG, (FaultyVideos("none"),), tmp_path)
+    one, other, third, _ = _records_in(tmp_path)
+    assert one.observed is not None
+    seen = one.observed.replace(x=20.0, y=20.0)
+
+    def at(record: RecallRecord, index: int, x: float, observed: object) -> RecallRecord:
+        colours = {"target": ("red", "star", "small"), "others": ("blue", "green")}
+        return record.replace(index=index, shown_x=x, shown_y=20.0, observed=observed, **colours)
+
+    records = [at(one, 0, 20.0, seen), at(other, 1, 20.0 + PLACE_PX, None), at(third, 2, 27.0, None)]
+    found = summarize({"model": records}, {"model": {}})["model"].absences[0].chance
+    assert found["place"] == 0.5  # one of the two others' places
+    assert found["shape"] == (1.0 if seen.shape == "star" else 0.0)
+    apart = [records[0].replace(others=("red", "green")), records[1]]  # the other is impossible here
+    assert summarize({"model": apart}, {"model": {}})["model"].absences[0].chance["colour"] is None
 
 
 def test_chance_is_what_other_targets_would_score(tmp_path: Path) -> None:

@@ -56,6 +56,9 @@ def test_paired_differences_see_what_pooled_ones_miss() -> None:
     assert difference.value == pytest.approx(-0.05, abs=0.01)
     assert estimate(ours.tolist()).high > estimate(theirs.tolist()).low  # type: ignore[operator]
     assert paired_difference([None, 1.0], [2.0, None]).num == 0
+    few = paired_difference([1.0] * 4, [0.5] * 4)
+    assert (few.value, few.interval, few.num) == (0.5, None, 4)  # four alike are no certainty
+    assert paired_difference([1.0] * 5, [0.5] * 5).interval == (0.5, 0.5)
 
 
 def test_unpaired_differences_need_no_common_scenes() -> None:

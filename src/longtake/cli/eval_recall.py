@@ -90,6 +90,10 @@ def run(arguments: Arguments) -> int:
         print(f"absence {windows:g} windows, {seconds:.1f} s: scenes in which it was shown and did leave")
         gates = {name: {"gate": item.gate, **item.gated} for name, item in items.items()}
         print_estimates(gates)
+        others = {name: source for name, source in summary.sources.items() if name != summary.subject}
+        if others:
+            print(f"less {summary.subject}, paired over the scenes that pass with both")
+            print_estimates({name: source.less_subject[number] for name, source in others.items()})
         chance = items[summary.subject].chance
         print(
             "chance, given presence: "

@@ -106,8 +106,7 @@ def print_estimates(columns: Mapping[str, Mapping[str, Estimate]]) -> None:
             if found is None or found.value is None:
                 cells.append("-")
                 continue
-            low, high = found.low, found.high
-            interval = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+            interval = "" if found.interval is None else " [{:.3f}, {:.3f}]".format(*found.interval)
             cells.append(f"{found.value:.3f}{interval}")
         table.add_row(metric, *cells)
     Console(width=max(80, 24 + 26 * len(columns))).print(table)

@@ -5,7 +5,7 @@ Judged are frames: *shown* are those under the prompt that names the target, *ab
 must be out of view, *returned* those in which the view must be what it was. What is not of the third
 object's colour may be the target.
 
-Legend: s samples, k object slots.
+Legend: s frames, k object slots.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ SHOWN_SHARE: Final = 0.5
 """It was shown where at least this share of the frames has it as asked."""
 LEFT_SHARE: Final = 0.1
 """It has left where at most this share of the frames while it must be away has an object of its colour."""
-SAMPLE_EVERY_FRAMES: Final = 2
+SAMPLE_EVERY_FRAMES: Final = 1
 
 Kind = Literal["pan", "narrative"]
 IDENTITY: Final = ("colour", "shape", "size", "place")
@@ -86,7 +86,7 @@ class RecallConfig(Config):
 
 
 class Observed(Config):
-    """What is seen at the target's return, over the samples with anything that may be it.
+    """What is seen at the target's return, over the frames with anything that may be it.
 
     Attributes:
         colour, shape, size: Seen most often, as words; None where never named.
@@ -114,11 +114,11 @@ class RecallRecord(Config):
         seen_while_absent: Share of the frames in which it must be away with an object of its colour.
         present: Share of the frames after its return in which there is anything that may be it.
         colour, shape, size, place: Of these, the share that equals what was asked for and shown; None where
-            nothing was present.
+            nothing was present, and place where it never was shown.
         recalled: Share of the frames after its return with an object of its colour and shape.
         observed: What came back, None where nothing did.
-        phases: For every sample "v" (visible), "a" (absent), "r" (returned) or "-" (neither).
-        seen: For every sample "1" where an object of its colour and shape is in view.
+        phases: For every frame "v" (visible), "a" (absent), "r" (returned) or "-" (neither).
+        seen: For every frame "1" where an object of its colour and shape is in view.
     """
 
     index: int
@@ -197,11 +197,12 @@ def header_of(config: RecallConfig, chunking: Chunking, aspect: float) -> dict[s
         "window_frames": chunking.window_frames,
         "chunks": [chunking.first_frames, chunking.frames],
         "aspect": aspect,
+        "sample_every_frames": SAMPLE_EVERY_FRAMES,
     }
 
 
 def record_of(index: int, absence: float, made: RecallScene, measured: Measured) -> RecallRecord:
-    """What is kept of one stream, every second frame of which was measured."""
+    """What is kept of one stream, every frame of which was measured."""
     found, frames = measured.detections, measured.frames
     target = made.target
     wanted = (COLOURS.index(target.colour), SHAPES.index(target.shape), SIZES.index(target.size))
@@ -230,9 +231,10 @@ def record_of(index: int, absence: float, made: RecallScene, measured: Measured)
     def share(right_s: NDArray[np.bool_]) -> float | None:
         return float(right_s[present_s].mean()) if present_s.any() else None
 
-    near_s = np.zeros(len(frames), bool)
+    place = None
     if shown_xy is not None:
-        near_s = np.linalg.norm(place_s2 - np.array(shown_xy), axis=1) <= PLACE_PX
+        place = share(np.linalg.norm(place_s2 - np.array(shown_xy), axis=1) <= PLACE_PX)
+    own = frames < made.num_frames  # a batch goes on until its longest scene ends
     phases = np.full(len(frames), "-")
     for letter, rows in (("v", visible_s), ("a", absent_s), ("r", returned_s)):
         phases[rows] = letter
@@ -252,11 +254,11 @@ def record_of(index: int, absence: float, made: RecallScene, measured: Measured)
         colour=share(values["colour"] == wanted[0]),
         shape=share(values["shape"] == wanted[1]),
         size=share(values["size"] == wanted[2]),
-        place=share(near_s),
+        place=place,
         recalled=float(same_sk.any(axis=1)[returned_s].mean()),
         observed=_observed(values, place_s2, present_s),
-        phases="".join(phases),
-        seen="".join("01"[int(value)] for value in same_sk.any(axis=1)),
+        phases="".join(phases[own]),
+        seen="".join("01"[int(value)] for value in same_sk.any(axis=1)[own]),
     )
 
 

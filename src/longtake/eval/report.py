@@ -35,11 +35,14 @@ def write_report(summary: Summary, out: Path, sheets: dict[str, Path]) -> None:
 
 def show(value: Estimate, metric: str) -> str:
     """An estimate as text: percent for shares, plain numbers for magnitudes."""
-    if value.value is None or value.low is None or value.high is None:
+    if value.value is None:
         return "-"
-    if metric in PROPORTIONS:
-        return f"{100 * value.value:.1f} % [{100 * value.low:.1f}, {100 * value.high:.1f}]"
-    return f"{value.value:.3g} [{value.low:.3g}, {value.high:.3g}]"
+    scale, form, unit = (100, ".1f", " %") if metric in PROPORTIONS else (1, ".3g", "")
+    told = f"{scale * value.value:{form}}{unit}"
+    if value.interval is None:
+        return told
+    low, high = value.interval
+    return f"{told} [{scale * low:{form}}, {scale * high:{form}}]"
 
 
 def _title(summary: Summary) -> str:

@@ -13,15 +13,24 @@ from longtake.config import Config
 Z_95: Final = 1.959964
 NUM_RESAMPLES: Final = 2000
 BOOTSTRAP_SEED: Final = 0
+MIN_SCENES: Final = 5
+"""Fewer differences than this say nothing of how they vary: resampling them would call equal ones certain."""
 
 
 class Estimate(Config):
-    """A value with its 95 % interval over `num` scenes; all None where nothing could be measured."""
+    """A value with its 95 % interval over `num` scenes; all None where nothing could be measured, the
+    interval where there are too few scenes for one.
+    """
 
     value: float | None
     low: float | None
     high: float | None
     num: int
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Low and high, where they are known."""
+        return None if self.low is None or self.high is None else (self.low, self.high)
 
 
 def wilson(successes: float, total: int) -> tuple[float, float]:
@@ -69,13 +78,15 @@ def estimate(values: Sequence[float | None], proportion: bool = False) -> Estima
 
 
 def paired_difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> Estimate:
-    """Mean of ours - theirs over the scenes where both are known, with the paired bootstrap's interval."""
+    """Mean of ours - theirs over the scenes where both are known, with the paired bootstrap's interval, or
+    without one where they are fewer than `MIN_SCENES`.
+    """
     pairs = zip(ours, theirs, strict=True)
     differences = [mine - other for mine, other in pairs if mine is not None and other is not None]
     known = [value for value in differences if not math.isnan(value)]
     if not known:
         return Estimate(value=None, low=None, high=None, num=0)
-    low, high = bootstrap(known)
+    low, high = bootstrap(known) if len(known) >= MIN_SCENES else (None, None)
     return Estimate(value=float(np.mean(known)), low=low, high=high, num=len(known))
 
 
