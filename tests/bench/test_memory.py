@@ -11,19 +11,24 @@ import torch
 from counting import flops_of_a_chunk
 from longtake.bench.memory import (
     SETTINGS,
+    THIS_MODELS,
     WAN_1_3B,
     MemoryBenchConfig,
     MemorySetting,
     bars,
     count,
+    run_memory_bench,
     with_memory,
 )
 from longtake.cli import main
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
+from longtake.recipes import get_recipe
 from model_file import write_model
 from tiny_parts import small_pipeline
+
+CHEAPEST = "half a grid, six readers"
 
 
 @pytest.mark.parametrize(
@@ -32,6 +37,7 @@ from tiny_parts import small_pipeline
         MemorySetting(num_frames=2, num_layers=1),
         MemorySetting(num_frames=1, num_readers=1, ffn_ratio=2),
         MemorySetting(num_frames=3, token_share=0.5),
+        MemorySetting(num_frames=1, attends="cell", own_readings=True),
     ],
 )
 def test_a_memory_costs_what_torch_counts(setting: MemorySetting) -> None:
@@ -65,6 +71,24 @@ def test_readers_are_spread_and_hold_the_last_layer() -> None:
         MemorySetting(num_readers=31).policy(WAN_1_3B)
     with pytest.raises(ConfigError, match="does not hold sink"):
         MemoryBenchConfig(window_frames=5)
+
+
+def test_a_models_own_memory_is_scaled_and_its_bar_is_of_that(tmp_path: Path) -> None:
+    """The small recipe's memory: one frame, read with keys of their own by five of eight layers."""
+    made = get_recipe("tiny-memory")
+    policy = made.stream.history.policy
+    assert isinstance(policy, EvolvingConfig)
+    setting = MemorySetting.like(made.dit_model, policy, (4, 4))
+    assert setting == MemorySetting(
+        num_frames=1, num_layers=1, ffn_ratio=1, num_readers=19, attends="cell", own_readings=True
+    )
+    assert setting.encoder(WAN_1_3B, (30, 52)).num_readings == 19
+    assert MemorySetting.like(made.dit_model, EvolvingConfig(), (8, 8)).token_share == 0.5
+    pipeline = with_memory(small_pipeline(), MemorySetting(num_frames=1, num_readers=1))
+    report = run_memory_bench(MemoryBenchConfig(num_pairs=3), pipeline, "small", lambda line: None)
+    own = report["counted"]["wan_1_3b"][THIS_MODELS]
+    assert own["tokens"] == 1560
+    assert report["bars"][0]["measured"] == own["share"] > report["counted"]["wan_1_3b"][CHEAPEST]["share"]
 
 
 def test_the_command_reports_every_figure_and_its_bar(

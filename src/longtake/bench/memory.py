@@ -9,6 +9,7 @@ Autoencoder and text are the same with and without, and left out. Elementwise wo
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
@@ -44,6 +45,7 @@ class MemorySetting(Config):
         token_share: of a frame's rows, and of its columns, that each of them has.
         num_layers: of its encoder. ``ffn_ratio``: of its feed-forward.
         num_readers: how many of the network's layers read it, evenly spread with the last among them; "all".
+        attends: see `MemoryEncoderConfig`. ``own_readings``: each reader has keys and values of its own.
     """
 
     num_frames: int = Field(3, ge=1)
@@ -51,6 +53,33 @@ class MemorySetting(Config):
     num_layers: int = Field(2, ge=1)
     ffn_ratio: int = Field(4, ge=1)
     num_readers: int | Literal["all"] = "all"
+    attends: Literal["all", "cell"] = "all"
+    own_readings: bool = False
+
+    @classmethod
+    def like(cls, dit: DiTConfig, policy: EvolvingConfig, grid: tuple[int, int]) -> MemorySetting:
+        """A network's own memory, in shares of that network, with which it can be scaled to another.
+
+        Args:
+            dit: the network, with its memory.
+            policy: how the memory is used.
+            grid: rows and columns of a frame's tokens.
+        """
+        memory, readers = dit.memory, policy.read_layers
+        assert memory is not None, "a policy that reads a memory"
+        share = math.sqrt(memory.rows * memory.columns / (grid[0] * grid[1]))
+        num_readers: int | Literal["all"] = "all"
+        if readers != "all":
+            num_readers = max(1, round(len(readers) / dit.num_layers * WAN_1_3B.num_layers))
+        return cls(
+            num_frames=memory.num_frames,
+            token_share=min(1.0, share),
+            num_layers=memory.num_layers,
+            ffn_ratio=memory.ffn_ratio,
+            num_readers=num_readers,
+            attends=memory.attends,
+            own_readings=memory.num_readings > 1,
+        )
 
     def encoder(self, dit: DiTConfig, grid: tuple[int, int]) -> MemoryEncoderConfig:
         """The encoder for a network and its token grid."""
@@ -63,6 +92,8 @@ class MemorySetting(Config):
             columns=columns,
             num_layers=self.num_layers,
             ffn_ratio=self.ffn_ratio,
+            attends=self.attends,
+            num_readings=self._num_readers(dit) if self.own_readings else 1,
         )
 
     def policy(self, dit: DiTConfig) -> EvolvingConfig:
@@ -84,6 +115,10 @@ class MemorySetting(Config):
             )
         )
 
+    def _num_readers(self, dit: DiTConfig) -> int:
+        readers = self.policy(dit).read_layers
+        return dit.num_layers if readers == "all" else len(readers)
+
 
 PAPER: Final = MemorySetting()
 SETTINGS: Final[dict[str, MemorySetting]] = {
@@ -94,6 +129,9 @@ SETTINGS: Final[dict[str, MemorySetting]] = {
     "half a grid, all readers": MemorySetting(num_frames=1, token_share=0.5),
     "half a grid, six readers": MemorySetting(num_frames=1, token_share=0.5, num_readers=6),
 }
+
+
+THIS_MODELS: Final = "this model's, scaled"
 
 
 class MemoryBenchConfig(TurnsConfig):
@@ -216,7 +254,11 @@ def run_memory_bench(config: MemoryBenchConfig, pipeline: Pipeline, model: str, 
     for name, decode in (("chunk", True), ("latents", False)):
         tell(f"time: {config.num_pairs} pairs, {'frames' if decode else 'latents alone'}")
         times[name] = measure_alternatives(config, plain, timed, ("off", "memory"), decode=decode)
-    rows = {name: _at_wan_size(config, setting) for name, setting in SETTINGS.items()}
+    settings = dict(SETTINGS)
+    if own:
+        grid = timed.dit.token_grid(*timed.latent_shape[2:])
+        settings[THIS_MODELS] = MemorySetting.like(timed.dit.config, policy, grid)
+    rows = {name: _at_wan_size(config, setting) for name, setting in settings.items()}
     report = {
         **head(config, pipeline, model, trained_memory=own),
         "counted": {"model": _figures(counted), "wan_1_3b": rows},
@@ -249,10 +291,13 @@ def _figures(counted: Counted) -> dict[str, float]:
 
 
 def bars(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is required, what was measured, and whether it suffices."""
-    cheapest = min(row["share"] for row in report["counted"]["wan_1_3b"].values())
+    """What is required, what was measured, and whether it suffices. At Wan's size that is of the memory that
+    the model has, whose recall can be tested; of a model without one, of the cheapest setting.
+    """
+    rows = report["counted"]["wan_1_3b"]
+    name = THIS_MODELS if THIS_MODELS in rows else min(rows, key=lambda name: rows[name]["share"])
     time = report["time"]["chunk"]["ratio_of_medians"] - 1
     return [
-        bar("cheapest setting at Wan2.1-1.3B's size, counted FLOPs", cheapest, MAX_COUNTED_SHARE),
+        bar(f"{name} at Wan2.1-1.3B's size, counted FLOPs", rows[name]["share"], MAX_COUNTED_SHARE),
         bar("this model's time, text to frames", time, MAX_TIME_SHARE),
     ]
