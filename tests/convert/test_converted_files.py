@@ -41,6 +41,10 @@ def test_budgets_and_losses_decide_on_ranks(tmp_path: Path, capsys: pytest.Captu
     report = json.loads(out.with_suffix(".json").read_text())
     assert [row["kv_rank"] for row in report["layers"]] == [23, 23]  # beside two keys of 12 bytes
     assert report["latent_bytes"] == 70
+    bytes_of_keys = ("--budget-bytes", "50", "--one-rank", "--storage", "fp8", "--key-storage", "fp8")
+    assert convert(source, out, *few, *bytes_of_keys) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert [row["kv_rank"] for row in report["layers"]] == [19, 19]
     capsys.readouterr()
     assert convert(source, out, *few, "--budget-bytes", "20") == 2
     assert "use 28 or more" in capsys.readouterr().err
@@ -116,9 +120,9 @@ def test_bare_weights_of_every_layout_are_converted(tmp_path: Path, layout: str)
         flow, _ = made(x, torch.zeros(1, 2), text, full_view(made.cache_spec(), range(2), GRID))
     assert flow.isfinite().all()
     packed = tmp_path / "packed.safetensors"
-    assert convert(out, packed, "--storage", "fp8") == 0
+    assert convert(out, packed, "--storage", "fp8", "--key-storage", "fp8") == 0
     again = BareWeights.read(packed)
-    assert again.config.latent == made.config.latent.replace(storage="fp8")
+    assert again.config.latent == made.config.latent.replace(storage="fp8", key_storage="fp8")
     assert all(torch.equal(again.state[name], tensor) for name, tensor in stored.items())
 
 

@@ -48,11 +48,16 @@ LAYOUTS = {"dense": None} | {
     for path, storage in (("expand", "full"), ("absorbed", "full"), ("expand", "int4"), ("absorbed", "fp8"))
 }
 LAYOUTS["absorbed int4"] = LATENT.replace(path="absorbed", storage="int4", debias=True)
+ROUNDED_KEYS = "keys in 8 bits, "
+LAYOUTS |= {
+    f"{ROUNDED_KEYS}{path}": LATENT.replace(path=path, key_storage="fp8") for path in ("expand", "absorbed")
+}
 AS_LATENTS = "memory as latents, "
 LAYOUTS |= {
     f"{AS_LATENTS}{path} {storage}": LATENT.replace(path=path, storage=storage, kv_rank=8)
     for path, storage in (("expand", "full"), ("absorbed", "full"), ("expand", "fp8"))
 }
+LAYOUTS[f"{AS_LATENTS}keys in 8 bits"] = LATENT.replace(kv_rank=8, key_storage="fp8")
 POSITIONS: tuple[Any, ...] = (Relative(f_max=8), Relative(f_max=6), Absolute())
 PRODUCT = [
     (layout, positions)

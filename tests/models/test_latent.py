@@ -251,10 +251,34 @@ def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
         torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-3)
 
 
-@pytest.mark.parametrize("storage", ["fp8", "int4"])
+def test_keys_in_8_bits_are_a_little_off_and_cut_off_where_they_do_not_fit() -> None:
+    """What is read of the past, over what it was: three bits of every number."""
+    spec = latent_layout((4,), LATENT.rope(HEAD), key_storage="fp8")
+    config = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=4))
+    pure, fixed = PureHistory(config, spec, GRID), SlotHistory(config, spec, GRID, 1)
+    slot = fixed.join()
+    key = 3 * torch.randn(1, 2 * GRID[0] * GRID[1], 1, 2 * spec.rope.num_pairs)
+    key[0, 0] = 1e4
+    entries = Entries(({"c": torch.randn(1, key.shape[1], 4), "k_rope": key},))
+    pure = pure.commit(entries)
+    fixed.commit(entries, [slot])
+    exact = entries.rotated(pure._phases((0, 1)), spec).layers[0]["k_rope"]
+    [stored] = fixed.view([slot]).segments
+    read = stored.layers[0]["k_rope"]
+    assert read.dtype == torch.float8_e4m3fn
+    kept = torch.cat([segment.layers[0]["k_rope"] for segment in pure.view().segments], dim=1)
+    assert torch.equal(read.float(), kept)
+    fits = exact.abs() < 448
+    assert bool(((kept - exact).abs() <= exact.abs() / 16 + 2.0**-10)[fits].all())
+    assert not torch.equal(kept, exact)
+    assert set(kept[~fits].abs().tolist()) == {448.0}
+
+
+@pytest.mark.parametrize("storage", ["fp8", "int4", "keys"])
 def test_training_reads_the_numbers_that_serving_unpacks(storage: Any) -> None:
     """Also where some chunks are committed without gradients, or some rows' prompts switch."""
-    network = small_dit(memory=MEMORY, latent=LATENT.replace(storage=storage, debias=storage == "int4"))
+    kept = {"key_storage": "fp8"} if storage == "keys" else {"storage": storage, "debias": storage == "int4"}
+    network = small_dit(memory=MEMORY, latent=LATENT.replace(**kept))
     config = HistoryConfig(
         window_frames=7, sink_frames=2, chunk_frames=2, positions=Relative(f_max=8), policy=EvolvingConfig()
     )
@@ -280,6 +304,11 @@ def test_training_reads_the_numbers_that_serving_unpacks(storage: Any) -> None:
     walk.predict(x, sigma).square().sum().backward()
     assert network.memory is not None
     assert network.memory.query_init.grad is not None
+    assert all(
+        parameter.grad is not None
+        for name, parameter in network.named_parameters()
+        if name.endswith("self_attn.k_rope.weight")
+    )
 
 
 def test_masks_hide_the_same_on_both_paths() -> None:

@@ -96,8 +96,9 @@ from longtake.models.dit import DiT
 from longtake.models.dit_config import wan_dit
 from longtake.models.latent_config import LatentConfig
 
-storage = sys.argv[1]
-config = wan_dit() if storage == "dense" else wan_dit().replace(latent=LatentConfig(storage=storage))
+storage, key_storage = sys.argv[1:]
+latent = None if storage == "dense" else LatentConfig(storage=storage, key_storage=key_storage)
+config = wan_dit().replace(latent=latent)
 with torch.device("meta"):
     spec = DiT(config).cache_spec()
 tokens = -(-(1 << 28) // spec.bytes_per_token(torch.bfloat16))
@@ -118,10 +119,13 @@ def printed(code: str, *arguments: str) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="tells no resident memory")
-@pytest.mark.parametrize("storage", ["dense", "full", "fp8", "int4"])
-def test_the_bytes_that_are_counted_are_those_that_the_system_gives(storage: str) -> None:
+@pytest.mark.parametrize(
+    ("storage", "keys"),
+    [("dense", "full"), ("full", "full"), ("fp8", "full"), ("int4", "full"), ("int4", "fp8")],
+)
+def test_the_bytes_that_are_counted_are_those_that_the_system_gives(storage: str, keys: str) -> None:
     """Resident memory, at Wan's size, with more than 256 MB."""
-    resident, counted, allocated = printed(RESIDENT, storage)
+    resident, counted, allocated = printed(RESIDENT, storage, keys)
     assert counted == allocated >= 1 << 28
     assert resident == pytest.approx(counted, rel=0.02)
 

@@ -17,7 +17,7 @@ from longtake.bench.meter import resident_bytes
 from longtake.bench.turns import Tell, TurnsConfig, bar, head, measure_alternatives
 from longtake.cache.base import Buffers
 from longtake.cache.latent import latent_layout
-from longtake.cache.quantized import Storage
+from longtake.cache.quantized import KeyStorage, Storage
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import DiT
 from longtake.models.latent_config import LatentConfig
@@ -26,7 +26,14 @@ from longtake.train.dit_costs import DiTCosts
 
 WINDOWS: Final = (7, 12, 21, 63)
 """Latent frames, current chunk included."""
-STORAGES: Final[tuple[Storage, ...]] = ("full", "fp8", "int4")
+STORAGES: Final[dict[str, tuple[Storage, KeyStorage]]] = {
+    "full": ("full", "full"),
+    "fp8": ("fp8", "full"),
+    "int4": ("int4", "full"),
+    "fp8, keys fp8": ("fp8", "fp8"),
+    "int4, keys fp8": ("int4", "fp8"),
+}
+"""Of latents, and of the shared key."""
 MAX_BYTES: Final = 166
 MAX_TIME_RATIO: Final = 1.05
 MAX_OFF: Final = 0.01
@@ -64,11 +71,9 @@ def counted_window(window_frames: int, device_bytes: float) -> dict[str, Any]:
     with torch.device("meta"):
         per_token = {"dense": DiT(WAN_1_3B).cache_spec().bytes_per_token(torch.bfloat16)}
     ranks, rope = latent.ranks(WAN_1_3B.num_layers), latent.rope(WAN_1_3B.head_dim)
-    for storage in STORAGES:
-        spec = latent_layout(ranks, rope, storage)
-        per_token["latent" if storage == "full" else f"latent, {storage}"] = spec.bytes_per_token(
-            torch.bfloat16
-        )
+    for name, storages in STORAGES.items():
+        spec = latent_layout(ranks, rope, *storages)
+        per_token["latent" if name == "full" else f"latent, {name}"] = spec.bytes_per_token(torch.bfloat16)
     cache = {name: tokens * size for name, size in per_token.items()}
     room = device_bytes - 2 * _NUM_WEIGHTS
     width = WAN_1_3B.width
@@ -87,8 +92,8 @@ def measured_allocation(num_bytes: int) -> list[dict[str, Any]]:
     rows = []
     latent = LatentConfig()
     ranks, rope = latent.ranks(WAN_1_3B.num_layers), latent.rope(WAN_1_3B.head_dim)
-    for storage in STORAGES:
-        spec = latent_layout(ranks, rope, storage)
+    for name, storages in STORAGES.items():
+        spec = latent_layout(ranks, rope, *storages)
         per_token = spec.bytes_per_token(torch.bfloat16)
         tokens = -(-num_bytes // per_token)
         before = resident_bytes()
@@ -98,7 +103,7 @@ def measured_allocation(num_bytes: int) -> list[dict[str, Any]]:
         after = resident_bytes()
         rows.append(
             {
-                "storage": storage,
+                "storage": name,
                 "bytes_per_token_and_layer": per_token / WAN_1_3B.num_layers,
                 "counted_bytes": tokens * per_token,
                 "allocated_bytes": buffers.num_bytes,

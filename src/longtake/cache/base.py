@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.cache.quantized import rounded, to_dtype
 from longtake.cache.spec import CacheSpec
 from longtake.ops.rope import Phases, rotate, unrotate
 
@@ -74,6 +75,14 @@ class Entries:
     def unrotated(self, phases: Phases, spec: CacheSpec) -> Entries:
         """The inverse of :meth:`rotated`, equal to it within rounding."""
         return self.map(lambda part: unrotate(part, phases), spec.rotary_parts)
+
+    def stored(self, spec: CacheSpec) -> Entries:
+        """What comes back of numbers that are kept as 8-bit floats, with the gradients of what went in."""
+        return self.map(lambda part: rounded(part, "fp8"), names) if (names := spec.rounded_parts) else self
+
+    def numbers(self, spec: CacheSpec, dtype: torch.dtype) -> Entries:
+        """Those that were kept as 8-bit floats, to calculate with."""
+        return self.map(lambda part: part.to(dtype), names) if (names := spec.rounded_parts) else self
 
     @property
     def num_rows(self) -> int:
@@ -184,7 +193,7 @@ class Buffers:
             for name in layer.keys() & new.keys():
                 part = layer[name]
                 assert part.is_floating_point() == new[name].is_floating_point(), "bytes beside numbers"
-                _blocks(part, start, block_tokens)[slots_i, blocks_i] = new[name].to(part.dtype)
+                _blocks(part, start, block_tokens)[slots_i, blocks_i] = to_dtype(new[name], part.dtype)
 
     def clear(self, slot: int) -> None:
         """Zero one slot."""

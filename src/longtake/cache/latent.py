@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from longtake.cache.quantized import Storage, num_groups
+from longtake.cache.quantized import FP8, KeyStorage, Storage, num_groups
 from longtake.cache.spec import CacheSpec, Parts, PartSpec
 from longtake.ops.rope import RopeSpec
 
@@ -16,15 +16,22 @@ SCALES = "c_scale"
 """Of a latent in int4."""
 
 
-def latent_layout(content_ranks: Sequence[int], rope: RopeSpec, storage: Storage = "full") -> CacheSpec:
+def latent_layout(
+    content_ranks: Sequence[int],
+    rope: RopeSpec,
+    storage: Storage = "full",
+    key_storage: KeyStorage = "full",
+) -> CacheSpec:
     """Parts ``c`` (RMS-normalised, ``[rank]``) and ``k_rope`` (rotary, ``[1, 2 * rope pairs]``) a token.
 
     Args:
         content_ranks: of each layer the size of its latent.
         rope: of the shared key.
         storage: of the latent, see `cache.quantized`; int4 adds ``c_scale``.
+        key_storage: of the shared key, which is rounded after it has turned.
     """
-    key = (ROPE_KEY, PartSpec((1, 2 * rope.num_pairs), rotary=True))
+    dtype = FP8 if key_storage == "fp8" else None
+    key = (ROPE_KEY, PartSpec((1, 2 * rope.num_pairs), rotary=True, dtype=dtype))
     return CacheSpec(tuple((*_content(rank, storage), key) for rank in content_ranks), rope)
 
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 Storage = Literal["full", "fp8", "int4"]
+KeyStorage = Literal["full", "fp8"]
 
 GROUP = 32
 """Numbers that share a scale in int4."""
-_FP8 = torch.float8_e4m3fn
+FP8 = torch.float8_e4m3fn
 _LARGEST_INT4 = 7
 _LEAST_SCALE = 2.0**-9  # the smallest that the scale's own type holds
 
@@ -24,14 +25,19 @@ def num_groups(rank: int) -> int:
     return -(-rank // GROUP)
 
 
+def to_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers in another type; what an 8-bit float does not reach becomes its largest."""
+    return (x.clamp(-448, 448) if dtype == FP8 else x).to(dtype)
+
+
 def pack_fp8(x_n: Tensor) -> Tensor:
     """Bytes ``[..., n]`` of 8-bit floats (e4m3), which need no scale: a normed latent is of size one."""
-    return x_n.detach().float().clamp(-448, 448).to(_FP8).view(torch.uint8)
+    return to_dtype(x_n.detach().float(), FP8).view(torch.uint8)
 
 
 def unpack_fp8(bytes_n: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`pack_fp8`."""
-    return bytes_n.view(_FP8).to(dtype)
+    return bytes_n.view(FP8).to(dtype)
 
 
 def pack_int4(x_n: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,10 +48,10 @@ def pack_int4(x_n: Tensor) -> tuple[Tensor, Tensor]:
     padded = torch.nn.functional.pad(x_n.detach().float(), (0, num_groups(rank) * GROUP - rank))
     grouped = torch.unflatten(padded, -1, (-1, GROUP))
     wanted_g = (grouped.abs().amax(-1) / _LARGEST_INT4).clamp(_LEAST_SCALE, 448)
-    scale_g = wanted_g.to(_FP8)
+    scale_g = wanted_g.to(FP8)
     too_small = scale_g.float() < wanted_g
     scale_bytes_g = scale_g.view(torch.uint8) + too_small.to(torch.uint8)  # the next larger one
-    scale_g1 = scale_bytes_g.view(_FP8).float().unsqueeze(-1)
+    scale_g1 = scale_bytes_g.view(FP8).float().unsqueeze(-1)
     whole = (grouped / scale_g1).round().clamp(-_LARGEST_INT4, _LARGEST_INT4).flatten(-2)[..., :rank]
     nibbles = (torch.nn.functional.pad(whole, (0, rank % 2)) + 8).to(torch.uint8)
     return nibbles[..., ::2] | (nibbles[..., 1::2] << 4), scale_bytes_g
@@ -60,7 +66,7 @@ def unpack_int4(bytes_n: Tensor, scale_bytes_g: Tensor, rank: int, dtype: torch.
 
 def scales_of(scale_bytes_g: Tensor, dtype: torch.dtype) -> Tensor:
     """The steps of groups packed by :func:`pack_int4`."""
-    return scale_bytes_g.view(_FP8).to(dtype)
+    return scale_bytes_g.view(FP8).to(dtype)
 
 
 def rounded(x_n: Tensor, storage: Storage) -> Tensor:

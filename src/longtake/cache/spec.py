@@ -19,12 +19,18 @@ class PartSpec:
             pairs)``.
         rotary: the part turns with the token's position when it is read. Entries hold it un-rotated.
         dtype: in which it is kept; None for that of the buffers. Bytes are what an attention module packs and
-            unpacks: nobody else calculates with them.
+            unpacks: nobody else calculates with them. An 8-bit float is a number like any other that is
+            rounded when it is kept.
     """
 
     shape: tuple[int, ...]
     rotary: bool = False
     dtype: torch.dtype | None = None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it is kept with fewer bits than it is calculated with."""
+        return self.dtype is not None and self.dtype.is_floating_point
 
 
 Parts = tuple[tuple[str, PartSpec], ...]
@@ -75,4 +81,9 @@ class CacheSpec:
     @property
     def is_packed(self) -> bool:
         """Whether some part is bytes that do not mean numbers to anybody else."""
-        return any(part.dtype is not None for _, part in self.layers[0])
+        return any(part.dtype is not None and not part.is_rounded for _, part in self.layers[0])
+
+    @property
+    def rounded_parts(self) -> tuple[str, ...]:
+        """Names of the parts that are kept as 8-bit floats."""
+        return tuple(name for name, part in self.layers[0] if part.is_rounded)

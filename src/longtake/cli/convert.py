@@ -44,7 +44,8 @@ class Arguments(Config):
         nope_dim: channels of a head without positions; all that do not turn if left out.
         rope_bands: bands that turn with time, row and column, as numbers of the highest ones.
         storage: of latents in a cache: as they are, in 8 bits, or in 4. Of a model that is latent already
-            this alone is changed.
+            this and the next two alone are changed.
+        key_storage: of the key that all heads share: as it is, or in 8 bits.
         debias: with int4: take from scores what rounding adds to attention on average.
         num_tokens: of every layer, that errors are measured with (those of a quarter of the prompts) and
             "covariance" is fitted to; "svd" takes its scale from them. 0 for none.
@@ -71,6 +72,7 @@ class Arguments(Config):
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None
     storage: Literal["full", "fp8", "int4"] = "full"
+    key_storage: Literal["full", "fp8"] = "full"
     debias: bool = False
     num_tokens: int = Field(24576, ge=0)
     num_chunks: int = Field(6, ge=1)
@@ -157,12 +159,12 @@ def _check_writable(path: Path) -> None:
 
 def _check_storage_alone(arguments: Arguments) -> None:
     """Refuse what a model that is latent already leaves no use for."""
-    kept = {"source", "to", "out", "storage", "debias", "num_heads"}
+    kept = {"source", "to", "out", "storage", "key_storage", "debias", "num_heads"}
     for name, field in type(arguments).model_fields.items():
         if name not in kept and getattr(arguments, name) != field.default:
             raise UsageError(
-                f"{arguments.source} is latent already, which leaves --storage and --debias to change, not "
-                f"--{name.replace('_', '-')}",
+                f"{arguments.source} is latent already, which leaves --storage, --key-storage and --debias "
+                f"to change, not --{name.replace('_', '-')}",
                 "give a dense model",
             )
 

@@ -149,7 +149,7 @@ def _write_bare(out: Path, dit: DiTConfig, state: Mapping[str, Tensor], origin: 
 
 def _kept_otherwise(latent: LatentConfig, config: ConvertConfig, source: str) -> LatentConfig:
     """What is told of latents that are to be kept as a configuration says."""
-    changed = latent.replace(storage=config.storage, debias=config.debias)
+    changed = latent.replace(storage=config.storage, key_storage=config.key_storage, debias=config.debias)
     if changed == latent:
         raise CheckpointError(
             f"{source}: the model's attention is latent already, and kept so",
@@ -202,7 +202,8 @@ def _converted(
         rows.append(LayerReport.of(layer, ranks[layer], made))
         progress(f"layer {layer + 1} of {dense.num_layers}")
     before = dense_layout(dense.num_layers, dense.num_heads, dense.head_dim)
-    after = latent_layout(ranks, plan.latent.rope(dense.head_dim), plan.latent.storage)
+    latent = plan.latent
+    after = latent_layout(ranks, latent.rope(dense.head_dim), latent.storage, latent.key_storage)
     return (
         plan,
         weights,

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from longtake.cache.latent import latent_layout
-from longtake.cache.quantized import Storage
+from longtake.cache.quantized import KeyStorage, Storage
 from longtake.config import Config
 from longtake.convert.factor import Samples
 from longtake.convert.layer import Method
@@ -29,14 +29,14 @@ class ConvertConfig(Config):
     Args:
         method: see `network.Plan`.
         kv_rank: of the latent, for all layers or one each; None is an eighth of the width, as in VideoMLA.
-        budget_bytes: that a token may leave in all layers' caches, stored as `storage` says, shared keys in
-            bf16: ranks that make the best of it.
+        budget_bytes: that a token may leave in all layers' caches, stored as `storage` and `key_storage`
+            say, in bf16 where they are full: ranks that make the best of it.
         max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
         rank_multiple: chosen ranks are multiples of this. ``one_rank``: and the same for all layers.
         query_rank: of the queries' latent; None makes queries from tokens directly.
         nope_dim: channels without positions; None keeps as many channels a head as there were.
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
-        storage, debias: see `LatentConfig`.
+        storage, key_storage, debias: see `LatentConfig`.
         num_tokens: of every layer; three quarters of the streams' are fitted to, the others' are what errors
             are measured with. 0 for none.
         num_chunks: of every stream that is generated for them.
@@ -53,6 +53,7 @@ class ConvertConfig(Config):
     nope_dim: int | None = Field(default=None, ge=1)
     rope_bands: tuple[int | tuple[int, ...], int | tuple[int, ...], int | tuple[int, ...]] | None = None
     storage: Storage = "full"
+    key_storage: KeyStorage = "full"
     debias: bool = False
     num_tokens: int = Field(default=24576, ge=0)
     num_chunks: int = Field(default=6, ge=1)
@@ -99,7 +100,8 @@ class ConvertConfig(Config):
             assert self.budget_bytes is not None
 
             def bytes_of(rank: int) -> int:
-                layout = latent_layout((rank,), plan.latent.rope(plan.dense.head_dim), self.storage)
+                rope = plan.latent.rope(plan.dense.head_dim)
+                layout = latent_layout((rank,), rope, self.storage, self.key_storage)
                 return layout.bytes_per_token(torch.bfloat16)
 
             ranks = ranks_for_budget(gains, self.budget_bytes, bytes_of, multiple, one_rank=self.one_rank)
@@ -116,6 +118,7 @@ class ConvertConfig(Config):
             nope_dim=1 if self.nope_dim is None else self.nope_dim,
             rope_bands=bands,
             storage=self.storage,
+            key_storage=self.key_storage,
             debias=self.debias,
         )
         made.selected(dense.head_dim)  # refuses bands that a head does not have

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.cache.base import Entries
+from longtake.cache.spec import PartSpec
 from longtake.errors import ConfigError
 from longtake.history.policy import Evicted, MemoryGrid, Policy, PolicyState, Surroundings
 
@@ -70,7 +71,7 @@ class KeptEntries(Policy):
     def start(self, batch: int, device: torch.device, dtype: torch.dtype) -> PolicyState:
         """Zeros, which are never read."""
         shapes = [
-            {name: ((*self.state_shape(), *part.shape), part.dtype) for name, part in parts}
+            {name: ((*self.state_shape(), *part.shape), _bytes(part)) for name, part in parts}
             | {name: (shape, None) for name, shape in self.extra_shapes().items()}
             for parts in self._spec.layers
         ]
@@ -111,7 +112,7 @@ class KeptEntries(Policy):
         return Entries(
             tuple(
                 {
-                    name: self.shown(state[f"{layer}.{name}"]).to(part.dtype or like)
+                    name: self.shown(state[f"{layer}.{name}"]).to(_bytes(part) or like)
                     for name, part in self._spec.layers[layer]
                 }
                 for layer in range(self._spec.num_layers)
@@ -165,3 +166,8 @@ class KeptFrames(KeptEntries):
     def shown(self, kept_b: Tensor) -> Tensor:
         """Frame by frame."""
         return kept_b.flatten(1, 2)
+
+
+def _bytes(part: PartSpec) -> torch.dtype | None:
+    """The type of what cannot be calculated with; None for numbers, which a state holds as they are."""
+    return None if part.is_rounded else part.dtype

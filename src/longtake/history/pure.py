@@ -136,13 +136,12 @@ class PureHistory:
             assert state is not None
             layout = memory.layout or self.spec
             phases = memory.phases([ids.memory[0]], layout.rope).to(self.device)
-            segments.append(self.policy.read(state).rotated(phases, layout))
+            segments.append(_turned(self.policy.read(state), phases, layout))
         if self.sink and ids.sink == self.sink_frames:
             segments += [piece.rotated for piece in self.sink]
         elif self.sink:
-            segments.append(
-                Entries.cat([piece.raw for piece in self.sink]).rotated(self._phases(ids.sink), self.spec)
-            )
+            raw = Entries.cat([piece.raw for piece in self.sink])
+            segments.append(_turned(raw, self._phases(ids.sink), self.spec))
         segments += [piece.rotated for piece in self.local]
         return HistoryView(
             tuple(segments),
@@ -160,7 +159,7 @@ class PureHistory:
         assert rest_tokens == 0, "entries must be whole frames of this grid"
         assert num_frames > 0, "entries hold no frame"
         frames = tuple(range(self.next_frame, self.next_frame + num_frames))
-        new = Piece(frames, entries, entries.rotated(self._phases(frames), self.spec))
+        new = self._piece(frames, entries)
         sink, local = self.sink, self.local
         to_sink = min(num_frames, self.config.sink_frames - len(self.sink_frames))
         if local:  # a sink that was dropped fills with what leaves the window
@@ -178,7 +177,7 @@ class PureHistory:
             if len(moved.frames) > self.config.sink_frames - have:
                 moved, rest = moved.split(self.config.sink_frames - have)
                 others = [rest, *others]
-            sink, evicted = (*sink, moved), tuple(others)
+            sink, evicted = (*sink, replace(moved, raw=self._left(moved))), tuple(others)
         num_evicted = self.num_evicted + sum(len(piece.frames) for piece in evicted)
         state, before = self.state, None
         if self.policy.memory_grid is not None:
@@ -211,7 +210,7 @@ class PureHistory:
         segments: tuple[Entries, ...] = ()
         if plan.sink_ids:
             raw = Entries.cat([piece.raw for piece in self.sink])
-            segments = (raw.rotated(self._phases(plan.sink_ids), self.spec),)
+            segments = (_turned(raw, self._phases(plan.sink_ids), self.spec),)
         return plan.frames, plan.view(segments, self.spec, self.grid, self.device, packs=self.packs)
 
     def rewrite(
@@ -231,7 +230,7 @@ class PureHistory:
             raw = entries.tokens(first * tokens, (first + len(given)) * tokens)
             if rows is not None:
                 raw = _merged(raw, Entries.cat([piece.raw for piece in segments[i]]), rows)
-            segments[i] = (Piece(given, raw, raw.rotated(self._phases(given), self.spec)),)
+            segments[i] = (self._piece(given, raw),)
             first += len(given)
         sink, local = segments
         return replace(self, sink=sink, local=local)
@@ -320,11 +319,28 @@ class PureHistory:
         if not evicted:
             return state
         frames = tuple(frame for piece in evicted for frame in piece.frames)
-        raw = Entries.cat([piece.raw for piece in evicted])
+        raw = Entries.cat([self._left(piece) for piece in evicted])
         return self.policy.absorb(state, Evicted((frames,) * raw.num_rows, raw, queries))
+
+    def _piece(self, frames: tuple[int, ...], entries: Entries) -> Piece:
+        """Frames as they are read by their index in the stream, rounded as a cache would have them."""
+        return Piece(frames, entries, entries.rotated(self._phases(frames), self.spec).stored(self.spec))
+
+    def _left(self, piece: Piece) -> Entries:
+        """What a cache knows of frames that leave: turned back, where turned ones were rounded; of those that
+        leave with the commit that they came with, it never kept any.
+        """
+        if not self.spec.rounded_parts or piece.frames[0] >= self.next_frame:
+            return piece.raw
+        return piece.rotated.unrotated(self._phases(piece.frames), self.spec)
 
     def _phases(self, frame_ids: Sequence[int]) -> Phases:
         return frame_phases([frame_ids], self.grid, self.spec, self.device)
+
+
+def _turned(raw: Entries, phases: Phases, spec: CacheSpec) -> Entries:
+    """What is kept as it was committed, turned to be read, rounded each time as a cache would have it."""
+    return raw.stored(spec).rotated(phases, spec).stored(spec)
 
 
 def _without_first(pieces: tuple[Piece, ...], num_frames: int) -> tuple[Piece, ...]:

@@ -57,7 +57,7 @@ class SlotStorage:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self.spec, self.grid, self.device = spec, grid, device
+        self.spec, self.grid, self.device, self._dtype = spec, grid, device, dtype
         self.sink_frames = sink_frames
         self.frame_tokens = grid[0] * grid[1]
         self.memory_tokens = 0 if memory is None else memory.num_tokens
@@ -143,12 +143,12 @@ class SlotStorage:
             return part.flatten(0, 1).reshape(len(frames), -1, *part.shape[2:])
 
         phases = frame_phases(frames, self.grid, self.spec, self.device)
-        return blocks.map(regrouped).unrotated(phases, self.spec)
+        return blocks.map(regrouped).numbers(self.spec, self._dtype).unrotated(phases, self.spec)
 
     def turn_sinks(self, slots: Sequence[int], ids: Sequence[Sequence[int]]) -> None:
         """Turn the sink keys of some slots by new ids; places that are still empty hold zeros."""
         padded = [[*turned, *[0] * (self.sink_frames - len(turned))] for turned in ids]
-        raw = self._buffers["sink"].read(slots, 0, self._sink_tokens)
+        raw = self._buffers["sink"].read(slots, 0, self._sink_tokens).numbers(self.spec, self._dtype)
         rotated = raw.rotated(frame_phases(padded, self.grid, self.spec, self.device), self.spec)
         self._buffers["past"].write_blocks(rotated, *self._first(slots), 0, self._sink_tokens)
 
@@ -161,7 +161,7 @@ class SlotStorage:
         """Turn the memory keys of some slots, each from its first temporal id on."""
         assert self._memory_grid is not None
         layout = self._memory_layout
-        raw = self._buffers["raw memory"].read(slots, 0, self.memory_tokens)
+        raw = self._buffers["raw memory"].read(slots, 0, self.memory_tokens).numbers(layout, self._dtype)
         rotated = raw.rotated(self._memory_grid.phases(first_ids, layout.rope).to(self.device), layout)
         self._buffers["memory"].write_blocks(rotated, *self._first(slots), 0, self.memory_tokens)
 

@@ -182,7 +182,7 @@ class DiT(nn.Module):
         if config.latent is not None:
             latent = config.latent
             ranks, rope = latent.ranks(config.num_layers), latent.rope(config.head_dim)
-            return latent_layout(ranks, rope, latent.storage)
+            return latent_layout(ranks, rope, latent.storage, latent.key_storage)
         return dense_layout(config.num_layers, config.num_heads, config.head_dim)
 
     def _self_attention(self, layer: int) -> nn.Module:

@@ -135,7 +135,8 @@ class LatentAttention(nn.Module):
         """Latents and keys that calculations take. With `debias` the squared step of each group of packed
         latents stands in further channels of the key, to which `_error_queries` are the queries.
         """
-        content, key = self._content(parts), parts[ROPE_KEY]
+        content = self._content(parts)
+        key = parts[ROPE_KEY].to(content.dtype)
         if self.config.debias:
             steps = content.new_zeros(*content.shape[:2], num_groups(self.sizes.kv_rank))
             if SCALES in parts:

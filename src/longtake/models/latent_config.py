@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from longtake.cache.quantized import Storage
+from longtake.cache.quantized import KeyStorage, Storage
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.ops.rope import RopeSpec, wan_rope
@@ -28,6 +28,7 @@ class LatentConfig(Config):
             takes what costs fewer FLOPs.
         storage: of latents in a cache: as they are, as 8-bit floats, or in 4 bits with a scale for each 32
             (`cache.quantized`). A chunk's own latents, while it is made, are as they are.
+        key_storage: of shared keys in a cache: as they are, or as 8-bit floats.
         debias: with int4, take from scores what rounding adds to attention on average: the exponential of a
             score with an error is larger than without, by half the error's variance (arXiv 2605.26266).
     """
@@ -38,6 +39,7 @@ class LatentConfig(Config):
     rope_bands: tuple[Bands, Bands, Bands] = (6, 5, 5)
     path: Literal["auto", "expand", "absorbed"] = "auto"
     storage: Storage = "full"
+    key_storage: KeyStorage = "full"
     debias: bool = False
 
     @model_validator(mode="after")
