@@ -54,9 +54,9 @@ def loop(num_steps: int, seed: int = 3) -> LoopConfig:
 CAPTIONS = ["a red circle bouncing on gray", "a blue square", "a green star"]
 
 
-def networks(dit: DiTConfig = DIT) -> TextToLatents:
+def networks(dit: DiTConfig = DIT, seed: int = 0) -> TextToLatents:
     """Random networks whose output depends on everything (the initial head is zero)."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     made = TextToLatents(TinyTextEncoder(TEXT), DiT(dit))
     for name, parameter in made.named_parameters():
         if "head.head" in name or "modulation" in name:

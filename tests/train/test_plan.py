@@ -155,6 +155,15 @@ def windows(**changes: object) -> StagePlan:
     return plan
 
 
+def test_consistency_is_planned_as_it_is_done() -> None:
+    # Of a single clip torch's counter refuses the view that its text is made of.
+    made = toy(trajectory={"target": "consistency", "num_copies": 3, "num_clips": 2})
+    plan, task = made.plan("trajectory", PLENTY), task_of(made, "trajectory")
+    assert plan is not None
+    flops, _ = measured(task.learners[""], [task.module], 0, False)
+    assert plan.flops_per_step == pytest.approx(flops, rel=0.05)
+
+
 def test_settings_do_to_a_plan_what_they_do_to_training() -> None:
     base, loop = windows(), toy().windows.loop
     twice = windows(loop=loop.replace(accumulation_steps=2))

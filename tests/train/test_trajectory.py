@@ -106,3 +106,74 @@ def test_every_parameter_of_the_student_learns(guidance: float) -> None:
         name for name, p in made.module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
     ]
     assert idle == []
+
+
+@torch.no_grad()
+def test_a_consistency_target_is_one_guided_euler_step_and_the_students_prediction_there() -> None:
+    made, some = task(guidance=2.5, target="consistency", num_intervals=8, num_copies=3), clips()
+    made.module.load_state_dict(networks(seed=1).state_dict())  # a student unlike its teacher
+    pair, clean = _Pair(made, some), some.latents_bfchw[:, :2]
+    lesson = made._lesson(pair, clean, torch.Generator().manual_seed(0))
+    grid = torch.linspace(1, 0, 9)
+    torch.testing.assert_close(made._grid, grid)
+    assert len(lesson.sigma_r) == 9
+    assert len(set(lesson.sigma_r.tolist())) >= 7  # one of every stratum
+    plain = [
+        Walk(made._teacher.dit, HISTORY, made._teacher.encode(texts), 3, 4, 4)
+        for texts in (CAPTIONS, [""] * 3)
+    ]
+    for row in range(9):
+        sigma = lesson.sigma_r[row]
+        [index] = torch.nonzero(grid == sigma).flatten().tolist()
+        copies = lesson.state_rfchw[row].expand(3, *lesson.state_rfchw.shape[1:])
+        with_text, without = (walk.predict(copies, sigma.expand(3)) for walk in plain)
+        flow = (copies - (without + 2.5 * (with_text - without))) / sigma
+        expected = copies + (grid[index + 1] - sigma) * flow
+        if index + 1 < 8:
+            expected = pair.student.predict(expected, grid[index + 1].expand(3))
+        torch.testing.assert_close(lesson.target_rfchw[row], expected[row % 3], atol=1e-4, rtol=1e-4)
+
+
+def test_states_of_consistency_are_clips_with_noise() -> None:
+    """As far from the clips as their noise levels say."""
+    made, some = task(target="consistency", num_intervals=4, num_copies=40), clips()
+    clean = some.latents_bfchw[:, :2]
+    with torch.no_grad():
+        lesson = made._lesson(_Pair(made, some), clean, torch.Generator().manual_seed(0))
+    sigma = lesson.sigma_r.view(-1, 1, 1, 1, 1)
+    noise = (lesson.state_rfchw - (1 - sigma) * clean.repeat(40, 1, 1, 1, 1)) / sigma
+    assert float(noise.mean()) == pytest.approx(0, abs=0.05)
+    assert float(noise.std()) == pytest.approx(1, abs=0.05)
+    counts = [int((lesson.sigma_r == level).sum()) for level in (1.0, 0.75, 0.5, 0.25)]
+    assert counts == [30, 30, 30, 30]
+
+
+def test_consistency_gives_targets_no_gradients_and_every_parameter_some() -> None:
+    made = task(target="consistency", num_intervals=4)
+    loss, _ = made.loss(0, 0.0)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in made._teacher.parameters())
+    idle = [
+        name for name, p in made.module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0
+    ]
+    assert idle == []
+
+
+def test_the_student_becomes_consistent_with_its_teacher() -> None:
+    """Its one step then ends nearer to where the teacher's path does."""
+    made = task(
+        target="consistency",
+        num_intervals=4,
+        guidance=1.0,
+        muon_learning_rate=5e-3,
+        adamw_learning_rate=5e-3,
+        num_chunks=1,
+    )
+    before = made.evaluate()["path_first_1.00"]
+    learner, some = made.learners[""], clips()
+    for step in range(60):
+        loss = made._walk(some, 1, torch.Generator().manual_seed(step))[0]
+        learner.optimizer.zero_grad()
+        loss.backward()
+        learner.optimizer.step()
+    assert made.evaluate()["path_first_1.00"] < 0.8 * before

@@ -265,7 +265,8 @@ def plan_trajectory(
 ) -> StagePlan:
     """Of trajectory distillation."""
     arithmetic = machine.arithmetic(config.loop.precision)
-    costs, num_levels = sizes.costs(arithmetic), len(sizes.schedule.steps)
+    costs, ends = sizes.costs(arithmetic), config.target == "ends"
+    num_levels = len(sizes.schedule.steps) if ends else config.num_copies
     student, teacher = Cost(), Cost()
     for count, num_chunks in config.walks:
         student += sizes.text_cost(count, True, arithmetic)
@@ -273,7 +274,11 @@ def plan_trajectory(
         for chunk in range(num_chunks):
             commits = count if chunk < num_chunks - 1 else 0
             student += costs.forward(num_levels * count + commits, chunk, True, commits, count)
-            teacher += costs.forward(2 * count, chunk).times(num_levels * config.steps_per_level)
+            if ends:
+                teacher += costs.forward(2 * count, chunk).times(num_levels * config.steps_per_level)
+            else:
+                teacher += costs.forward(2 * num_levels * count, chunk, base_rows=2 * count)
+                student += costs.forward(num_levels * count, chunk, base_rows=count)
             if commits:
                 teacher += costs.forward(2 * count, chunk, num_committed=costs.kept_rows(2 * count, chunk))
     module, frozen = sizes.networks(), sizes.networks(frozen=True)

@@ -7,19 +7,26 @@ arXiv 2506.08009). Which end follows from the noise, so that one step of the stu
 instead of the mean of all, and guidance becomes part of its weights. No target depends on the student: unlike
 bootstrapped consistency training this cannot run away.
 
+That is here too, since VideoMLA (arXiv 2605.30351) is trained so between teacher forcing and distribution
+matching: consistency distillation (Consistency Models, arXiv 2303.01469, algorithm 2, with the student itself
+in place of its average, arXiv 2310.14189). The student is to predict at a noise level of a real clip what it
+predicts where one step of the guided teacher leads from there, a little less noisy. A lesson costs two passes
+of the teacher in place of a path of them.
+
 Legend: b clips, r = levels * b rows (level-major), f latent frames, c channels, h/w latent rows and columns.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from longtake.diffusion.flow import Schedule, along_path
+from longtake.diffusion.flow import Schedule, along_path, shift_sigmas
 from longtake.history.base import HistoryConfig
 from longtake.models.dit import TextContext
 from longtake.train.excerpts import changed, prompts_in_force
@@ -28,7 +35,7 @@ from longtake.train.loop import Learner, LoopConfig
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.optim import AdamWConfig
 from longtake.train.samples import SampleRollouts
-from longtake.train.walk import GuidedWalk, Walk
+from longtake.train.walk import GuidedWalk, Walk, at_sigma, stratified
 
 _NUM_EVALUATION_CLIPS = 48
 
@@ -41,6 +48,15 @@ class TrajectoryConfig(ClipsPerStep):
     num_first_clips: int = Field(
         8, ge=0, description="clips per step of which only the first chunk is trained"
     )
+    target: Literal["ends", "consistency"] = Field(
+        "ends", description="where the teacher's paths end, or what the student predicts one step further"
+    )
+    num_intervals: int = Field(
+        48,
+        ge=2,
+        description="of consistency: parts of the way from noise to a clip, evenly in shifted levels",
+    )
+    num_copies: int = Field(4, ge=1, description="of consistency: noise levels of each chunk in every step")
     guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
     steps_per_level: int = Field(
         3, ge=1, description="Euler steps of the teacher from one level of the schedule to the next"
@@ -88,6 +104,8 @@ class TrajectoryTask:
         self.held_out = held_out
         self._teacher = teacher.eval().requires_grad_(False)
         self._sigmas = schedule.resolve().sigmas
+        evenly = torch.linspace(1.0, 0.0, config.num_intervals + 1)
+        self._grid = shift_sigmas(evenly, schedule.shift)
         self.learners = {
             "": Learner(
                 module,
@@ -103,7 +121,7 @@ class TrajectoryTask:
         }
 
     def loss(self, step: int, progress: float) -> tuple[Tensor, dict[str, float]]:
-        """Squared distance to the ends of the teacher's paths, over all chunks of the step's clips."""
+        """Squared distance to what the lessons say, over all chunks of the step's clips."""
         config = self.config
         rng = np.random.default_rng((config.loop.seed, step))
         generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
@@ -113,7 +131,7 @@ class TrajectoryTask:
         return torch.stack(losses).mean(), {"first": float(losses[0].detach())}
 
     def _walk(self, clips: Clips, num_chunks: int, generator: torch.Generator) -> list[Tensor]:
-        """The loss of every chunk of the clips; all levels of the schedule are seen on each."""
+        """The loss of every chunk of the clips."""
         config, frames = self.config, self.history.chunk_frames
         pair = _Pair(self, clips)
         latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
@@ -123,20 +141,32 @@ class TrajectoryTask:
             clean = latents[:, span]
             pair.prompt(span.start)
             with torch.no_grad():
-                states, end = pair.path(torch.randn(clean.shape, generator=generator))
+                lesson = self._lesson(pair, clean, generator)
             amount = config.context_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=generator)
             context = clean + amount * torch.randn(clean.shape, generator=generator)
-            sigma = torch.tensor(self._sigmas).repeat_interleave(len(clips))
             last = chunk == num_chunks - 1
             walk = pair.student
-            predicted = walk.predict(states, sigma) if last else walk.advance(states, sigma, context)
+            predicted = walk.predict(*lesson[:2]) if last else walk.advance(*lesson[:2], context)
             if not last:
                 with torch.no_grad():
                     pair.teacher.commit(context)
             weight = 1 + (config.foreground_weight - 1) * foreground[:, span]
-            squared = (predicted - end.repeat(len(self._sigmas), 1, 1, 1, 1)).square().mean(dim=2)
-            losses.append((squared * weight.repeat(len(self._sigmas), 1, 1, 1)).mean())
+            squared = (predicted - lesson.target_rfchw).square().mean(dim=2)
+            losses.append((squared * weight.repeat(len(predicted) // len(clips), 1, 1, 1)).mean())
         return losses
+
+    def _lesson(self, pair: _Pair, clean_bfchw: Tensor, generator: torch.Generator) -> _Lesson:
+        """What the student is shown of a chunk, and what it is to make of it."""
+        if self.config.target == "ends":
+            states, end = pair.path(torch.randn(clean_bfchw.shape, generator=generator))
+            sigma = torch.tensor(self._sigmas).repeat_interleave(len(clean_bfchw))
+            return _Lesson(states, sigma, end.repeat(len(self._sigmas), 1, 1, 1, 1))
+        clean = clean_bfchw.repeat(self.config.num_copies, 1, 1, 1, 1)
+        drawn = stratified(len(clean), generator) * self.config.num_intervals
+        above = drawn.ceil().long() - 1  # strata are open below
+        sigma, following = self._grid[above], self._grid[above + 1]
+        noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
+        return _Lesson(noisy, sigma, pair.one_step_further(noisy, sigma, following))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -167,6 +197,14 @@ class TrajectoryTask:
     def samples(self) -> Tensor | None:
         """Rollouts, see `train.loop.Task`."""
         return None if self._rollouts is None else self._rollouts(self.module.dit, self.module.text)
+
+
+class _Lesson(NamedTuple):
+    """States of a chunk ``[r,f,c,h,w]``, their noise levels, and the clean latents to be predicted."""
+
+    state_rfchw: Tensor
+    sigma_r: Tensor
+    target_rfchw: Tensor
 
 
 class _Pair:
@@ -206,6 +244,15 @@ class _Pair:
                 clean = self.teacher.predict(state, torch.full((len(state),), above))
                 state = along_path(state, clean, above, below)
         return torch.cat(states), state
+
+    def one_step_further(self, state_rfchw: Tensor, sigma_r: Tensor, following_r: Tensor) -> Tensor:
+        """The student's predictions where one step of the teacher leads, [r,f,c,h,w]; at the end of the way
+        that is the prediction.
+        """
+        following = following_r.view(-1, 1, 1, 1, 1)
+        clean = self.teacher.predict(state_rfchw, sigma_r)
+        less_noisy = along_path(state_rfchw, clean, sigma_r.view(-1, 1, 1, 1, 1), following)
+        return torch.where(following > 0, self.student.predict(less_noisy, following_r), less_noisy)
 
     def _teachers_text(self) -> TextContext:
         with torch.no_grad():
