@@ -17,7 +17,8 @@ from longtake.io.names import from_own
 from longtake.models.dit import DiT
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.recipes.wan import WAN_NEGATIVE_PROMPT, wan_1_3b_dmd, wan_1_3b_echo_long
-from longtake.train.distil import UNTRAINED, DistillationRecipe, distil
+from longtake.train.distil import distil
+from longtake.train.distil_recipe import UNTRAINED, DistillationRecipe
 from longtake.train.loop import STOPPED_EARLY
 from longtake.train.lora import LoRAConfig
 from longtake.train.optim import AdamWConfig

@@ -9,7 +9,7 @@ from einops import rearrange
 
 from longtake.errors import ConfigError
 from longtake.models.tiny_vae import TinyVAE
-from longtake.train.dit import DiTTask, Noise
+from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.guide import GUIDE_PARTS, NUM_GUIDE_CHANNELS, guide_errors, guide_of, guide_tokens
@@ -17,6 +17,7 @@ from longtake.train.latents import FreshClips
 from longtake.train.probes import token_guide_error
 from longtake.train.steps import Steps, StepSources
 from longtake.train.vae import VAETask, VAETrainingConfig
+from longtake.train.walk import Noise
 from longtake.world import render_masks, sample_scene
 from longtake.world.vocabulary import OBJECT_RGB, SHAPES
 from toy_training import HISTORY, VAE, clip_encoder, loop, networks, renderer

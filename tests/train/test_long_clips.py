@@ -14,7 +14,7 @@ from longtake.cache.dense import dense_layout
 from longtake.errors import ConfigError, TrainingError
 from longtake.history.base import HistoryConfig
 from longtake.history.pure import PureHistory
-from longtake.train.dit import DiTTask, Noise
+from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.long_clips import LongSource, first_late_chunk
@@ -22,6 +22,7 @@ from longtake.train.plan import Machine
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.steps import Steps, StepSources
+from longtake.train.walk import Noise
 from longtake.world import parse_caption
 from toy_training import HISTORY, clip_encoder, loop, networks, recipe, renderer
 

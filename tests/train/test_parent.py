@@ -12,12 +12,13 @@ from counting import measured, some_clips
 from longtake.errors import ConfigError
 from longtake.models.latent_config import LatentConfig
 from longtake.stream.state import PromptSwitch
-from longtake.train.dit import DiTTask, Noise
+from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.latents import Clips
 from longtake.train.networks import TextToLatents
 from longtake.train.plan import Machine
 from longtake.train.steps import Steps, StepSources
+from longtake.train.walk import Noise
 from toy_training import DIT, HISTORY, loop, networks, recipe
 
 LATENT = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))

@@ -16,7 +16,7 @@ from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
-from longtake.train.dit import DiTTask, Noise
+from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.plan import Machine
@@ -25,7 +25,7 @@ from longtake.train.recall import RecallSource, longest_chunks
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.steps import Steps, StepSources
-from longtake.train.walk import Walk
+from longtake.train.walk import Noise, Walk
 from longtake.world import parse_caption
 from longtake.world.vocabulary import OBJECT_RGB
 from toy_training import (

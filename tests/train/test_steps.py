@@ -20,6 +20,8 @@ from longtake.train.steps import StepClips, Steps, StepSources
 from longtake.world import render_masks
 from toy_training import HISTORY, VAE, clip_encoder, loop, recipe, renderer
 
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a single core
+
 
 def steps(num_workers: int) -> Steps:
     """Of a stage that has all that there is to walk through; its draws are 0 to 3."""

@@ -16,7 +16,7 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.recipes import RECIPES, get_recipe
 from longtake.stream.bundle import load_model, read_card, shipped_models
 from longtake.stream.state import PromptSwitch
-from longtake.train.dit import DiTTask, Noise
+from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
@@ -30,6 +30,7 @@ from longtake.train.run import train
 from longtake.train.steps import Steps, StepSources
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask
+from longtake.train.walk import Noise
 from toy_training import (
     CAPTIONS,
     DIT,

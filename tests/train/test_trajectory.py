@@ -10,7 +10,7 @@ import torch
 from longtake.diffusion.flow import Schedule
 from longtake.train.latents import Clips
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask, _Pair
-from longtake.train.walk import Walk
+from longtake.train.walk import Noise, Walk
 from toy_training import CAPTIONS, HISTORY, loop, networks
 
 SCHEDULE = Schedule(steps=(1000, 500), shift=1.0)
@@ -71,7 +71,7 @@ def test_the_student_learns_the_path_and_the_teacher_stays() -> None:
     learner, some = made.learners[""], clips()
     losses = []
     for _ in range(12):
-        loss = made._walk(some, 1, torch.Generator().manual_seed(0))[0]
+        loss = made._walk(some, 1, Noise(0, made.device))[0]
         learner.optimizer.zero_grad()
         loss.backward()
         learner.optimizer.step()
@@ -113,7 +113,7 @@ def test_a_consistency_target_is_one_guided_euler_step_and_the_students_predicti
     made, some = task(guidance=2.5, target="consistency", num_intervals=8, num_copies=3), clips()
     made.module.load_state_dict(networks(seed=1).state_dict())  # a student unlike its teacher
     pair, clean = _Pair(made, some), some.latents_bfchw[:, :2]
-    lesson = made._lesson(pair, clean, torch.Generator().manual_seed(0))
+    lesson = made._lesson(pair, clean, Noise(0, made.device))
     grid = torch.linspace(1, 0, 9)
     torch.testing.assert_close(made._grid, grid)
     assert len(lesson.sigma_r) == 9
@@ -139,7 +139,7 @@ def test_states_of_consistency_are_clips_with_noise() -> None:
     made, some = task(target="consistency", num_intervals=4, num_copies=40), clips()
     clean = some.latents_bfchw[:, :2]
     with torch.no_grad():
-        lesson = made._lesson(_Pair(made, some), clean, torch.Generator().manual_seed(0))
+        lesson = made._lesson(_Pair(made, some), clean, Noise(0, made.device))
     sigma = lesson.sigma_r.view(-1, 1, 1, 1, 1)
     noise = (lesson.state_rfchw - (1 - sigma) * clean.repeat(40, 1, 1, 1, 1)) / sigma
     assert float(noise.mean()) == pytest.approx(0, abs=0.05)
@@ -172,7 +172,7 @@ def test_the_student_becomes_consistent_with_its_teacher() -> None:
     before = made.evaluate()["path_first_1.00"]
     learner, some = made.learners[""], clips()
     for step in range(60):
-        loss = made._walk(some, 1, torch.Generator().manual_seed(step))[0]
+        loss = made._walk(some, 1, Noise(step, made.device))[0]
         learner.optimizer.zero_grad()
         loss.backward()
         learner.optimizer.step()

@@ -50,7 +50,8 @@ def run(arguments: Arguments) -> int:
     import torch
 
     from longtake.recipes import get_recipe
-    from longtake.train.distil import DistillationRecipe, distil
+    from longtake.train.distil import distil
+    from longtake.train.distil_recipe import DistillationRecipe
     from longtake.train.fit import this_machine
     from longtake.train.plan import Machine, plan_lines
     from longtake.train.run import train

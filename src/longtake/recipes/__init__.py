@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from longtake.errors import ConfigError, nearest
 from longtake.recipes.small import tiny, tiny_128, tiny_latent, tiny_memory
-from longtake.recipes.wan import wan_1_3b_dmd, wan_1_3b_echo, wan_1_3b_echo_long, wan_1_3b_latent_dmd
-from longtake.train.distil import DistillationRecipe
+from longtake.recipes.wan import wan_1_3b_dmd, wan_1_3b_echo, wan_1_3b_echo_long, wan_1_3b_latent
+from longtake.train.distil_recipe import DistillationRecipe
 from longtake.train.recipe import Recipe
 
 AnyRecipe = Recipe | DistillationRecipe
@@ -20,7 +20,7 @@ RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     "wan-1.3b-dmd": wan_1_3b_dmd,
     "wan-1.3b-echo": wan_1_3b_echo,
     "wan-1.3b-echo-long": wan_1_3b_echo_long,
-    "wan-1.3b-latent-dmd": wan_1_3b_latent_dmd,
+    "wan-1.3b-latent": wan_1_3b_latent,
 }
 
 

@@ -11,11 +11,13 @@ from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
 from longtake.stream.pipeline import StreamConfig
 from longtake.stream.state import PromptSwitch
-from longtake.train.distil import DistillationRecipe
+from longtake.train.distil_recipe import DistillationRecipe
+from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.loop import LoopConfig
 from longtake.train.lora import LoRAConfig
 from longtake.train.optim import AdamWConfig
+from longtake.train.trajectory import TrajectoryConfig
 
 _WAN_NEGATIVE_WORDS = (
     "色调艳丽",
@@ -150,22 +152,51 @@ def wan_1_3b_echo_long() -> DistillationRecipe:
     )
 
 
-def wan_1_3b_latent_dmd() -> DistillationRecipe:
-    """Wan2.1-T2V-1.3B with latent attention, the last of VideoMLA's three stages by its published settings,
-    which leave the number of steps open. Generator and critic start from what `longtake convert
-    --query-rank 768` made of a causal few-step model.
+def wan_1_3b_latent() -> DistillationRecipe:
+    """Wan2.1-T2V-1.3B with latent attention, in VideoMLA's three stages by its published settings: teacher
+    forcing and consistency distillation on captioned videos, then distribution matching. The first starts
+    from what `longtake convert --query-rank 768` made of Wan's own weights, as the critic does.
+
+    What it leaves open: batches of the first two stages (64 and 128 here), steps of the first and the last,
+    the parts of the way in consistency distillation and its guidance (48 and 3, see `train.trajectory`).
     """
     dense = wan_1_3b_dmd()
     converted = "models/wan-1.3b-latent.safetensors"
+    adamw = AdamWConfig(learning_rate=5e-6, betas=(0.0, 0.999), weight_decay=0.01)
+    loop = dense.dmd.loop.replace(ema_from_step=0, evaluate_every_steps=250)
+    num_chunks = 7  # clips of 21 latent frames
     return dense.replace(
-        name="wan-1.3b-latent-dmd",
+        name="wan-1.3b-latent",
+        stages=("prompts", "clips", "teacher_forcing", "consistency", "dmd", "export"),
         dit_model=dense.dit_model.replace(latent=LatentConfig()),
         stream=dense.stream.replace(
             history=HistoryConfig(window_frames=7, sink_frames=1, chunk_frames=3, positions=Relative(f_max=6))
         ),
         generator=converted,
         critic=converted,
-        dmd=dense.dmd.replace(
-            loop=dense.dmd.loop.replace(num_steps=2500, accumulation_steps=128, ema_from_step=0)
+        teacher_forcing=DiTTrainingConfig(
+            loop=loop.replace(num_steps=5000, accumulation_steps=64),
+            num_clips=1,
+            num_chunks=num_chunks,
+            num_copies=1,
+            sigma_shift=5.0,
+            context_noise=0.0,
+            foreground_weight=1.0,  # of videos nothing is told apart
+            final_foreground_weight=1.0,
+            optimizer=adamw,
         ),
+        consistency=TrajectoryConfig(
+            loop=loop.replace(num_steps=2500, accumulation_steps=128),
+            target="consistency",
+            num_clips=1,
+            num_first_clips=0,
+            num_chunks=num_chunks,
+            num_copies=1,
+            guidance=4.0,  # of caption + 3 (caption - negative)
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+            foreground_weight=1.0,
+            context_noise=0.0,
+            optimizer=adamw.replace(learning_rate=2e-6),
+        ),
+        dmd=dense.dmd.replace(loop=loop.replace(num_steps=2500, accumulation_steps=128)),
     )

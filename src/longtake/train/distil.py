@@ -1,19 +1,17 @@
-"""A large model into a causal few-step one, without video data: distribution matching on its own rollouts, as
-Self-Forcing (arXiv 2506.08009) and Echo-Infinity (arXiv 2606.04527) train Wan2.1-T2V-1.3B.
+"""A large model into a causal few-step one. Without video data: distribution matching on its own rollouts, as
+Self-Forcing (arXiv 2506.08009) and Echo-Infinity (arXiv 2606.04527) train Wan2.1-T2V-1.3B. With videos, as
+VideoMLA (arXiv 2605.30351): teacher forcing and consistency distillation before that.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
-from pydantic import Field
 
-from longtake.config import Config
-from longtake.errors import ConfigError, TrainingError
+from longtake.errors import TrainingError
 from longtake.io.checkpoints import (
     NETWORK_KEY,
     STREAM_KEY,
@@ -25,128 +23,27 @@ from longtake.io.checkpoints import (
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.models.memory import MemoryEncoder
-from longtake.stream.pipeline import StreamConfig
-from longtake.train.checks import check_storage
-from longtake.train.dit_costs import DiTCosts
-from longtake.train.dmd import DMDTask, dmd_optimizers
-from longtake.train.dmd_config import DMDConfig, score_history
-from longtake.train.fit import check_fits, check_multiple, this_machine
-from longtake.train.loop import STOPPED_EARLY, autocast_dtype, run
-from longtake.train.lora import add_lora, merge_lora
+from longtake.train.distil_recipe import ON_VIDEOS, TRAINING, UNTRAINED, DistillationRecipe, DistillationStage
+from longtake.train.dit import DiTTask
+from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.dmd import DMDTask
+from longtake.train.fit import this_machine
+from longtake.train.latents import Clips, ClipsPerStep
+from longtake.train.loop import STOPPED_EARLY, Task, autocast_dtype, run
+from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
-from longtake.train.plan import DeviceKind, Machine, StagePlan, plan_stage
 from longtake.train.prompts import EmbeddedPrompts, embed_prompts, read_prompts
-from longtake.train.stage_plans import Role, dmd_phases
+from longtake.train.steps import Steps, StepSources
+from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
+from longtake.train.videos import (
+    StoredClips,
+    WanEncoder,
+    captioned_videos,
+    encode_videos,
+    split_videos,
+)
 
-DistillationStage = Literal["prompts", "dmd", "export"]
-
-UNTRAINED = "untrained"
-"""In the place of a path of weights: random ones, to try a setup out."""
-
-
-class DistillationRecipe(Config):
-    """A causal few-step model from a bidirectional many-step one.
-
-    Args:
-        stages: prompts (embed them once), dmd, export (write the generator's weights).
-        dit_model: generator and critic. A memory that the generator's weights lack starts untrained.
-        teacher_model: the real score, perhaps larger.
-        stream: what the generator is trained to stream; its guidance and fps play no part.
-        spatial_stride: pixels per latent cell of the autoencoder, which itself is not needed.
-        prompts, held_out_prompts: text files, one prompt per line, for training and for evaluation.
-        text_encoder: folder or hub name of the model in diffusers' layout whose text encoder is used.
-        generator: weights that stream in few steps already: a file, or a folder of safetensors files, with
-            official, diffusers' or own names; or "untrained".
-        critic, teacher: the many-step model's weights, likewise.
-        half_teacher: under bf16 arithmetic the frozen teacher is kept in bf16.
-        device: where everything lives.
-    """
-
-    name: str = Field(min_length=1)
-    seed: int = 0
-    stages: tuple[DistillationStage, ...] = get_args(DistillationStage)
-    dit_model: DiTConfig
-    teacher_model: DiTConfig
-    stream: StreamConfig
-    spatial_stride: int = Field(8, ge=1)
-    prompts: str = "prompts.txt"
-    held_out_prompts: str = "held-out-prompts.txt"
-    text_encoder: str
-    generator: str
-    critic: str
-    teacher: str
-    half_teacher: bool = True
-    device: DeviceKind = "cuda"
-    dmd: DMDConfig
-
-    @property
-    def critic_model(self) -> DiTConfig:
-        """The generator's; without its memory where the critic sees whole clips, of which none leaves."""
-        return self.dit_model.replace(memory=None) if self.dmd.scores == "clips" else self.dit_model
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of a latent frame."""
-        height, width = self.stream.height // self.spatial_stride, self.stream.width // self.spatial_stride
-        return self.dit_model.in_channels, height, width
-
-    def plan(self, stage: str, machine: Machine) -> StagePlan | None:
-        """What a stage will take on a machine; None where it trains nothing."""
-        if stage != "dmd":
-            return None
-        config, history = self.dmd, self.stream.history
-        arithmetic = machine.arithmetic(config.loop.precision)
-        with torch.device("meta"):
-            generator, critic, teacher = (
-                TextToLatents(EmbeddedPrompts({}, model.text_width), DiT(model))
-                for model in (self.dit_model, self.critic_model, self.teacher_model)
-            )
-        teacher.requires_grad_(False)
-        if config.lora is not None:
-            add_lora(generator, config.lora)
-            add_lora(critic, config.lora)
-        if arithmetic.half and self.half_teacher:
-            teacher.to(torch.bfloat16)
-        learning = DiTCosts(self.dit_model, history, *self.latent_shape[1:], arithmetic)
-        scoring = replace(learning, config=self.critic_model, history=score_history(config, history))
-        real = replace(scoring, config=self.teacher_model)
-        phases = dmd_phases(
-            config,
-            self.stream.schedule,
-            Role(learning, learning.text),
-            Role(scoring, scoring.text),
-            Role(real, real.text),
-        )
-        networks = {"generator": generator, "critic": critic, "teacher": teacher}
-        optimizers = dmd_optimizers(config, generator, critic)
-        learners = list(zip((generator, critic), optimizers, strict=True))
-        return plan_stage(stage, config.loop, networks, learners, phases, arithmetic)
-
-    def check(self, stages: Sequence[str], machine: Machine) -> None:
-        """Refuse stages that cannot be trained on a machine, before they are.
-
-        Raises:
-            ConfigError: settings that do not fit each other.
-            TrainingError: more memory is needed than there is, with settings that need less.
-        """
-        ours, theirs = self.dit_model, self.teacher_model
-        for name in ("in_channels", "out_channels", "text_width", "text_length"):
-            if getattr(ours, name) != getattr(theirs, name):
-                raise ConfigError(
-                    f"dit_model.{name}={getattr(ours, name)}, but teacher_model has {getattr(theirs, name)}",
-                    "use a teacher of the same latents and prompts",
-                )
-        if ours.patch_size[0] != 1:
-            raise ConfigError(f"dit_model.patch_size={ours.patch_size} joins frames", "use 1 frame a patch")
-        for name, model in (("dit_model", ours), ("teacher_model", theirs)):
-            unit = (self.spatial_stride * model.patch_size[1], self.spatial_stride * model.patch_size[2])
-            check_multiple(
-                "stream", self.stream.height, self.stream.width, unit, f"a token's place in {name}"
-            )
-        check_storage(ours.latent, self.stream.history.policy)
-        plan = self.plan("dmd", machine)
-        if "dmd" in stages and plan is not None:
-            check_fits(self, "dmd", plan, machine)
+_WEIGHTS_NAME = "weights.safetensors"
 
 
 def distil(
@@ -160,9 +57,10 @@ def distil(
 
     Args:
         recipe: what to train.
-        out: holds `prompts` (the cache), `dmd` (checkpoint, log, weights) and `NAME.safetensors` at the end.
+        out: holds `prompts` and `clips` (the caches), a folder for every stage that trains (checkpoint, log,
+            weights) and `NAME.safetensors` at the end.
         stages: a part of the recipe's stages.
-        stop_after_seconds: of stage dmd, which is then resumed later.
+        stop_after_seconds: of a stage that trains, which is then resumed later.
         memory_gb: that training may count on; that of the device where None.
 
     Returns:
@@ -173,11 +71,14 @@ def distil(
         TrainingError: files are missing, memory does not suffice, or the loss diverged.
     """
     wanted = stages or recipe.stages
-    if "dmd" in wanted:
+    if any(stage in wanted for stage in TRAINING):
         recipe.check(wanted, this_machine(recipe.device, memory_gb))
     torch.manual_seed(recipe.seed)
     actions: dict[str, Callable[[], dict[str, float]]] = {
         "prompts": lambda: _embed(recipe, out),
+        "clips": lambda: _encode(recipe, out),
+        "teacher_forcing": lambda: _force(recipe, out, stop_after_seconds),
+        "consistency": lambda: _make_consistent(recipe, out, stop_after_seconds),
         "dmd": lambda: _match(recipe, out, stop_after_seconds),
         "export": lambda: _export(recipe, out),
     }
@@ -195,23 +96,102 @@ def _prompts(recipe: DistillationRecipe) -> tuple[list[str], list[str]]:
 
 def _embed(recipe: DistillationRecipe, out: Path) -> dict[str, float]:
     training, held_out = _prompts(recipe)
-    every = list(dict.fromkeys([recipe.dmd.negative_prompt, *held_out, *training]))
+    every = [recipe.dmd.negative_prompt, *held_out, *training]
+    if any(stage in ON_VIDEOS for stage in recipe.stages):
+        captions = [video.text for video in captioned_videos(Path(recipe.videos.folder))]
+        every += ["", recipe.consistency.negative_prompt, *captions]
+    every = list(dict.fromkeys(every))
     length = recipe.dit_model.text_length
     embed_prompts(every, recipe.text_encoder, out / "prompts", length, recipe.device)
     return {"prompts": float(len(every))}
+
+
+def _encode(recipe: DistillationRecipe, out: Path) -> dict[str, float]:
+    config, size = recipe.videos, (recipe.stream.height, recipe.stream.width)
+    videos = split_videos(captioned_videos(Path(config.folder)), config.num_held_out)
+
+    def encoder() -> WanEncoder:
+        return WanEncoder(recipe.autoencoder, recipe.device)
+
+    counts = {
+        name: encode_videos(some, config, size, out / "clips" / name, recipe.autoencoder, encoder, print)
+        for name, some in zip(("train", "held_out"), videos, strict=True)
+    }
+    return {f"{name} clips": float(count) for name, count in counts.items()}
+
+
+def _clips(
+    recipe: DistillationRecipe, out: Path, config: ClipsPerStep
+) -> tuple[StoredClips | None, StoredClips | None, Clips]:
+    """First chunks and whole clips, where a stage reads any, and held-out clips."""
+    frames = recipe.stream.history.chunk_frames
+    whole, folder = config.num_chunks * frames, out / "clips"
+    held_out = StoredClips(folder / "held_out", whole)
+    return (
+        StoredClips(folder / "train", frames) if config.num_first_clips else None,
+        StoredClips(folder / "train", whole) if config.num_clips else None,
+        held_out.select(range(len(held_out))),
+    )
+
+
+def _prompted(recipe: DistillationRecipe, out: Path, stage: DistillationStage) -> TextToLatents:
+    """Embedded prompts, and the network as the stage before left it."""
+    weights = recipe.generator
+    for before in TRAINING[: TRAINING.index(stage)]:
+        if before not in recipe.stages:
+            continue
+        weights = str(out / before / _WEIGHTS_NAME)
+        if not Path(weights).exists():
+            raise TrainingError(f"{weights} does not exist", f"run stage {before} first, or leave it out")
+    dit = _load_dit("generator", recipe.dit_model, weights, recipe.device, torch.float32)
+    text = EmbeddedPrompts.load(out / "prompts", recipe.dit_model.text_width)
+    return TextToLatents(text, dit).to(recipe.device)
+
+
+def _force(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict[str, float]:
+    config = recipe.teacher_forcing
+    first, whole, held_out = _clips(recipe, out, config)
+    module = _prompted(recipe, out, "teacher_forcing")
+    steps = Steps(StepSources(config, first, whole))
+    task = DiTTask(module, recipe.stream.history, config, steps, held_out)
+    return _run(task, config, module, out / "teacher_forcing", seconds)
+
+
+def _make_consistent(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict[str, float]:
+    config, stream = recipe.consistency, recipe.stream
+    first, whole, held_out = _clips(recipe, out, config)
+    module = _prompted(recipe, out, "consistency")
+    task = TrajectoryTask(
+        module, copy.deepcopy(module), stream.history, stream.schedule, config, first, whole, held_out
+    )
+    return _run(task, config, module, out / "consistency", seconds)
+
+
+def _run(
+    task: Task,
+    config: DiTTrainingConfig | TrajectoryConfig,
+    module: TextToLatents,
+    folder: Path,
+    seconds: float | None,
+) -> dict[str, float]:
+    """Train a stage, and leave the network's weights where it was not stopped early."""
+    figures = run(task, config.loop, folder, seconds, config)
+    if STOPPED_EARLY not in figures:
+        write_safetensors(folder / _WEIGHTS_NAME, module.dit.state_dict(), {})
+    return figures
 
 
 def _match(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict[str, float]:
     training, held_out = _prompts(recipe)
     half = autocast_dtype(recipe.dmd.loop.precision, torch.device(recipe.device)) is torch.bfloat16
     frozen_dtype = torch.bfloat16 if half and recipe.half_teacher else torch.float32
-    module, critic, teacher = (
+    module = _prompted(recipe, out, "dmd")
+    critic, teacher = (
         TextToLatents(
             EmbeddedPrompts.load(out / "prompts", model.text_width),
             _load_dit(name, model, weights, recipe.device, dtype),
         ).to(recipe.device)
         for name, model, weights, dtype in (
-            ("generator", recipe.dit_model, recipe.generator, torch.float32),
             ("critic", recipe.critic_model, recipe.critic, torch.float32),
             ("teacher", recipe.teacher_model, recipe.teacher, frozen_dtype),
         )
@@ -231,7 +211,7 @@ def _match(recipe: DistillationRecipe, out: Path, seconds: float | None) -> dict
     figures = run(task, recipe.dmd.loop, out / "dmd", seconds, recipe.dmd)
     merge_lora(module)
     if STOPPED_EARLY not in figures:
-        write_safetensors(out / "dmd" / "weights.safetensors", module.dit.state_dict(), {})
+        write_safetensors(out / "dmd" / _WEIGHTS_NAME, module.dit.state_dict(), {})
     return figures
 
 
@@ -256,10 +236,11 @@ def _load_dit(name: str, model: DiTConfig, weights: str, device: str, dtype: tor
 
 
 def _export(recipe: DistillationRecipe, out: Path) -> dict[str, float]:
-    """The generator's averaged weights, bf16, under Wan's names."""
-    trained = out / "dmd" / "weights.safetensors"
+    """The generator's averaged weights as the last stage left them, bf16, under Wan's names."""
+    last = [stage for stage in recipe.stages if stage in TRAINING][-1]
+    trained = out / last / _WEIGHTS_NAME
     if not trained.exists():
-        raise TrainingError(f"{trained} does not exist", "run stage dmd first")
+        raise TrainingError(f"{trained} does not exist", f"run stage {last} first")
     state, _ = read_safetensors(trained)
     path = out / f"{recipe.name}.safetensors"
     halved = {name: tensor.to(torch.bfloat16) for name, tensor in state.items()}

@@ -23,7 +23,7 @@ from longtake.train.probes import MemoryReading, probes_of, token_guide_error
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.samples import SampleRollouts
 from longtake.train.steps import Steps
-from longtake.train.walk import Walk, at_sigma, stratified
+from longtake.train.walk import Noise, Walk, at_sigma
 
 _EVALUATION_TIMES = (0.25, 0.5, 0.75, 0.95)
 
@@ -292,35 +292,6 @@ class DiTTask:
 
 _Errors = tuple[Tensor, Tensor, Tensor | None]
 """Of a chunk: the loss, the foreground's error, and that of reading the guide where there is one."""
-
-
-class Noise:
-    """All that is random in a step beside its clips.
-
-    Decisions are taken on the host, which thus need not wait for the device; tensors are drawn where they are
-    used. On a CPU both come from one generator.
-
-    Args:
-        seed: that everything follows from, on a kind of device.
-        device: of the tensors.
-    """
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.host = torch.Generator().manual_seed(seed)
-        self._device = device
-        self._there = self.host if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """Standard normal values."""
-        return torch.randn(tuple(shape), generator=self._there, device=self._device)
-
-    def uniform(self, *shape: int) -> Tensor:
-        """Values in [0, 1)."""
-        return torch.rand(shape, generator=self._there, device=self._device)
-
-    def stratified(self, count: int) -> Tensor:
-        """See `train.walk.stratified`."""
-        return stratified(count, self.host).to(self._device, non_blocking=True)
 
 
 class _ParentsWalk:

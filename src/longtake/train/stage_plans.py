@@ -30,6 +30,7 @@ from longtake.train.lora import add_lora
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.plan import Machine, Phase, StagePlan, plan_stage
 from longtake.train.probes import guide_probe, probes_of
+from longtake.train.prompts import EmbeddedPrompts
 from longtake.train.recall import longest_chunks
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.vae import VAETrainingConfig, latent_probe, select_learned, vae_optimizer
@@ -46,17 +47,18 @@ def on_meta(make: Callable[[], nn.Module], frozen: bool = False) -> nn.Module:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the small model's stages share.
+    """What the stages of a model share.
 
     Args:
-        vae, text, dit: its networks.
+        vae, text, dit: its networks; no autoencoder where clips come encoded, no text encoder where prompts
+            come embedded.
         history: of the walks.
         schedule: of few-step sampling.
         height, width: of the latents.
     """
 
-    vae: TinyVAEConfig
-    text: TinyTextConfig
+    vae: TinyVAEConfig | None
+    text: TinyTextConfig | None
     dit: DiTConfig
     history: HistoryConfig
     schedule: Schedule
@@ -66,7 +68,9 @@ class Sizes:
     def networks(self, frozen: bool = False) -> TextToLatents:
         """Text encoder and DiT on the meta device."""
         with torch.device("meta"):
-            made = TextToLatents(TinyTextEncoder(self.text), DiT(self.dit))
+            prompts = EmbeddedPrompts({}, self.dit.text_width)
+            text = prompts if self.text is None else TinyTextEncoder(self.text)
+            made = TextToLatents(text, DiT(self.dit))
         return made.requires_grad_(not frozen)
 
     def costs(self, arithmetic: Arithmetic) -> DiTCosts:
@@ -79,6 +83,7 @@ class Sizes:
         """The most chunks of a clip that asks for recall, and the most that are learned from; absences in
         windows, the rest as in `train.recall`.
         """
+        assert self.vae is not None, "clips that ask for recall are rendered"
         stride, window = self.vae.temporal_stride, self.history.window_frames
         assert window is not None, "recipes with recall clips have a window"
         chunk = self.history.chunk_frames * stride
@@ -87,8 +92,13 @@ class Sizes:
 
     def text_cost(self, rows: int, learns: bool, arithmetic: Arithmetic) -> Cost:
         """Of encoding prompts, to the end."""
-        encoder = text_encoder_cost(self.text, rows, learns, arithmetic)
-        return encoder + self.costs(arithmetic).text(rows, learns)
+        own = self.costs(arithmetic).text(rows, learns)
+        return own if self.text is None else text_encoder_cost(self.text, rows, learns, arithmetic) + own
+
+    def frozen_vae(self) -> dict[str, nn.Module]:
+        """The autoencoder, where there is one."""
+        vae = self.vae
+        return {} if vae is None else {"vae": on_meta(lambda: TinyVAE(vae), frozen=True)}
 
 
 def plan_vae(stage: str, model: TinyVAEConfig, config: VAETrainingConfig, machine: Machine) -> StagePlan:
@@ -111,9 +121,15 @@ def plan_vae(stage: str, model: TinyVAEConfig, config: VAETrainingConfig, machin
 
 
 def plan_dit(
-    stage: str, sizes: Sizes, config: DiTTrainingConfig, machine: Machine, data_bytes: int
+    stage: str,
+    sizes: Sizes,
+    config: DiTTrainingConfig,
+    machine: Machine,
+    data_bytes: int,
+    *,
+    keeps_copy: bool = True,
 ) -> StagePlan:
-    """Of a stage of teacher forcing."""
+    """Of a stage of teacher forcing; it `keeps_copy` of the network where a later one is taught by it."""
     arithmetic = machine.arithmetic(config.loop.precision)
     costs = sizes.costs(arithmetic)
     cost = Cost()
@@ -129,7 +145,7 @@ def plan_dit(
                 cost += costs.forward(count, chunk).times(expected)
     for walk in _sparse_walks(sizes, config):
         cost += _sparse_walk(sizes, config, walk, arithmetic)
-    module, vae, teacher = sizes.networks(), _frozen_vae(sizes), sizes.networks(frozen=True)
+    module, teacher = sizes.networks(), sizes.networks(frozen=True)
     with torch.device("meta"):
         probes = probes_of(module, config)
     learned: nn.Module = nn.ModuleDict({"networks": module, **probes}) if probes else module
@@ -140,8 +156,8 @@ def plan_dit(
         config.loop.precision,
         only_adamw=config.optimizer,
     )
-    networks = {"text": module.text, "dit": module.dit, "vae": vae, "copy for later stages": teacher}
-    networks |= probes
+    networks: dict[str, nn.Module] = {"text": module.text, "dit": module.dit, **sizes.frozen_vae()}
+    networks |= probes | ({"copy for later stages": teacher} if keeps_copy else {})
     phases = [Phase("walks", cost)]
     if config.learns_from == "parent":
         dense = replace(sizes, dit=sizes.dit.dense())
@@ -172,7 +188,7 @@ def plan_layers(
     optimizer = layers_optimizer(learned, config)
     phases = _side_by_side(("latent layers", layers), ("dense parent", parent))
     phases += _fresh_clips(sizes, config, arithmetic)
-    networks = _beside_frozen(module, "parent", frozen, _frozen_vae(sizes))
+    networks = _beside_frozen(module, "parent", frozen, sizes)
     networks["copy for later stages"] = sizes.networks(frozen=True)
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
@@ -251,7 +267,7 @@ def plan_evictions(stage: str, sizes: Sizes, config: EvictionsConfig, machine: M
     networks = {
         "text": module.text,
         "dit": module.dit,
-        "vae": _frozen_vae(sizes),
+        **sizes.frozen_vae(),
         "copy for later stages": sizes.networks(frozen=True),
         "probe": probe,
     }
@@ -291,7 +307,7 @@ def plan_trajectory(
     )
     phases = _side_by_side(("student", student), ("teacher", teacher))
     phases += _fresh_clips(sizes, config, arithmetic)
-    networks = _beside_frozen(module, "teacher", frozen, _frozen_vae(sizes))
+    networks = _beside_frozen(module, "teacher", frozen, sizes)
     return plan_stage(stage, config.loop, networks, [(module, optimizer)], phases, arithmetic, data_bytes)
 
 
@@ -304,14 +320,14 @@ def _side_by_side(learner: tuple[str, Cost], frozen: tuple[str, Cost]) -> list[P
 
 
 def _beside_frozen(
-    module: TextToLatents, role: str, frozen: TextToLatents, vae: nn.Module
+    module: TextToLatents, role: str, frozen: TextToLatents, sizes: Sizes
 ) -> dict[str, nn.Module]:
     return {
         "text": module.text,
         "dit": module.dit,
         f"{role} text": frozen.text,
         f"{role} dit": frozen.dit,
-        "vae": vae,
+        **sizes.frozen_vae(),
     }
 
 
@@ -392,20 +408,17 @@ def plan_dmd(stage: str, sizes: Sizes, config: DMDConfig, machine: Machine) -> S
         "critic dit": critic.dit,
         "teacher text": frozen.text,
         "teacher dit": frozen.dit,
-        "vae": _frozen_vae(sizes),
+        **sizes.frozen_vae(),
     }
     phases = dmd_phases(config, sizes.schedule, generator, scorer, scorer)
     return plan_stage(stage, config.loop, networks, learners, phases, arithmetic)
-
-
-def _frozen_vae(sizes: Sizes) -> nn.Module:
-    return on_meta(lambda: TinyVAE(sizes.vae), frozen=True)
 
 
 def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> list[Phase]:
     """Encoding what is rendered anew; rendering itself multiplies nothing."""
     if not config.fresh_clips:
         return []
+    assert sizes.vae is not None, "fresh clips are rendered"
     stride, cost = sizes.vae.spatial_stride, Cost()
     walks = list(config.walks)
     if isinstance(config, DiTTrainingConfig):

@@ -35,7 +35,7 @@ from longtake.train.loop import Learner, LoopConfig
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.optim import AdamWConfig
 from longtake.train.samples import SampleRollouts
-from longtake.train.walk import GuidedWalk, Walk, at_sigma, stratified
+from longtake.train.walk import GuidedWalk, Noise, Walk, at_sigma
 
 _NUM_EVALUATION_CLIPS = 48
 
@@ -58,6 +58,7 @@ class TrajectoryConfig(ClipsPerStep):
     )
     num_copies: int = Field(4, ge=1, description="of consistency: noise levels of each chunk in every step")
     guidance: float = Field(2.0, ge=0, description="scale of classifier-free guidance of the teacher")
+    negative_prompt: str = Field("", description="what guidance leads away from")
     steps_per_level: int = Field(
         3, ge=1, description="Euler steps of the teacher from one level of the schedule to the next"
     )
@@ -103,8 +104,9 @@ class TrajectoryTask:
         self.clips = clips
         self.held_out = held_out
         self._teacher = teacher.eval().requires_grad_(False)
+        self.device = module.dit.patch_embedding.weight.device
         self._sigmas = schedule.resolve().sigmas
-        evenly = torch.linspace(1.0, 0.0, config.num_intervals + 1)
+        evenly = torch.linspace(1.0, 0.0, config.num_intervals + 1, device=self.device)
         self._grid = shift_sigmas(evenly, schedule.shift)
         self.learners = {
             "": Learner(
@@ -124,26 +126,26 @@ class TrajectoryTask:
         """Squared distance to what the lessons say, over all chunks of the step's clips."""
         config = self.config
         rng = np.random.default_rng((config.loop.seed, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(1 << 40)))
+        noise = Noise(int(rng.integers(1 << 40)), self.device)
         losses: list[Tensor] = []
         for clips, num_chunks in config.draw(rng, self.first_clips, self.clips):
-            losses += self._walk(clips, num_chunks, generator)
+            losses += self._walk(clips, num_chunks, noise)
         return torch.stack(losses).mean(), {"first": float(losses[0].detach())}
 
-    def _walk(self, clips: Clips, num_chunks: int, generator: torch.Generator) -> list[Tensor]:
+    def _walk(self, clips: Clips, num_chunks: int, noise: Noise) -> list[Tensor]:
         """The loss of every chunk of the clips."""
         config, frames = self.config, self.history.chunk_frames
         pair = _Pair(self, clips)
-        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        latents, foreground = self._tensors(clips)
         losses = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
             clean = latents[:, span]
             pair.prompt(span.start)
             with torch.no_grad():
-                lesson = self._lesson(pair, clean, generator)
-            amount = config.context_noise * torch.rand(len(clips), 1, 1, 1, 1, generator=generator)
-            context = clean + amount * torch.randn(clean.shape, generator=generator)
+                lesson = self._lesson(pair, clean, noise)
+            amount = config.context_noise * noise.uniform(len(clips), 1, 1, 1, 1)
+            context = clean + amount * noise.normal(clean.shape)
             last = chunk == num_chunks - 1
             walk = pair.student
             predicted = walk.predict(*lesson[:2]) if last else walk.advance(*lesson[:2], context)
@@ -155,17 +157,22 @@ class TrajectoryTask:
             losses.append((squared * weight.repeat(len(predicted) // len(clips), 1, 1, 1)).mean())
         return losses
 
-    def _lesson(self, pair: _Pair, clean_bfchw: Tensor, generator: torch.Generator) -> _Lesson:
+    def _tensors(self, clips: Clips) -> tuple[Tensor, Tensor]:
+        """Latents and foreground, in single precision, on the device."""
+        latents, foreground = clips.latents_bfchw, clips.foreground_bfhw
+        return latents.to(self.device).float(), foreground.to(self.device).float()
+
+    def _lesson(self, pair: _Pair, clean_bfchw: Tensor, noise: Noise) -> _Lesson:
         """What the student is shown of a chunk, and what it is to make of it."""
         if self.config.target == "ends":
-            states, end = pair.path(torch.randn(clean_bfchw.shape, generator=generator))
-            sigma = torch.tensor(self._sigmas).repeat_interleave(len(clean_bfchw))
+            states, end = pair.path(noise.normal(clean_bfchw.shape))
+            sigma = torch.tensor(self._sigmas, device=self.device).repeat_interleave(len(clean_bfchw))
             return _Lesson(states, sigma, end.repeat(len(self._sigmas), 1, 1, 1, 1))
         clean = clean_bfchw.repeat(self.config.num_copies, 1, 1, 1, 1)
-        drawn = stratified(len(clean), generator) * self.config.num_intervals
+        drawn = noise.stratified(len(clean)) * self.config.num_intervals
         above = drawn.ceil().long() - 1  # strata are open below
         sigma, following = self._grid[above], self._grid[above + 1]
-        noisy = at_sigma(clean, torch.randn(clean.shape, generator=generator), sigma)
+        noisy = at_sigma(clean, noise.normal(clean.shape), sigma)
         return _Lesson(noisy, sigma, pair.one_step_further(noisy, sigma, following))
 
     @torch.no_grad()
@@ -173,9 +180,9 @@ class TrajectoryTask:
         """Foreground error against the path's end on held-out clips, first and last chunk, by level."""
         config, frames = self.config, self.history.chunk_frames
         clips = self.held_out.select(range(min(_NUM_EVALUATION_CLIPS, len(self.held_out))))
-        latents, foreground = clips.latents_bfchw.float(), clips.foreground_bfhw.float()
+        latents, foreground = self._tensors(clips)
         num_chunks = min(config.num_chunks, latents.shape[1] // frames)
-        generator = torch.Generator().manual_seed(0)
+        noise = Noise(0, self.device)
         pair = _Pair(self, clips)
         figures: dict[str, float] = {}
         for chunk in range(num_chunks):
@@ -183,10 +190,10 @@ class TrajectoryTask:
             clean, mask = latents[:, span], foreground[:, span]
             pair.prompt(span.start)
             if chunk in (0, num_chunks - 1):
-                states, end = pair.path(torch.randn(clean.shape, generator=generator))
+                states, end = pair.path(noise.normal(clean.shape))
                 name = "first" if chunk == 0 else "last"
                 for value, state in zip(self._sigmas, states.chunk(len(self._sigmas)), strict=True):
-                    predicted = pair.student.predict(state, torch.full((len(clips),), value))
+                    predicted = pair.student.predict(state, state.new_full((len(clips),), value))
                     squared = (predicted - end).square().mean(dim=2)
                     figures[f"path_{name}_{value:.2f}"] = float((squared * mask).sum() / mask.sum())
             if chunk < num_chunks - 1:
@@ -241,7 +248,7 @@ class _Pair:
             states.append(state)
             steps = torch.linspace(upper, lower, self._task.config.steps_per_level + 1).tolist()
             for above, below in pairwise(steps):
-                clean = self.teacher.predict(state, torch.full((len(state),), above))
+                clean = self.teacher.predict(state, state.new_full((len(state),), above))
                 state = along_path(state, clean, above, below)
         return torch.cat(states), state
 
@@ -256,4 +263,5 @@ class _Pair:
 
     def _teachers_text(self) -> TextContext:
         with torch.no_grad():
-            return self._task._teacher.encode(self._captions + [""] * len(self._captions))
+            away_from = [self._task.config.negative_prompt] * len(self._captions)
+            return self._task._teacher.encode(self._captions + away_from)

@@ -246,6 +246,35 @@ class GuidedWalk:
         return twice
 
 
+class Noise:
+    """All that is random in a step beside its clips.
+
+    Decisions are taken on the host, which thus need not wait for the device; tensors are drawn where they are
+    used. On a CPU both come from one generator.
+
+    Args:
+        seed: that everything follows from, on a kind of device.
+        device: of the tensors.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.host = torch.Generator().manual_seed(seed)
+        self._device = device
+        self._there = self.host if device.type == "cpu" else torch.Generator(device).manual_seed(seed)
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """Standard normal values."""
+        return torch.randn(tuple(shape), generator=self._there, device=self._device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Values in [0, 1)."""
+        return torch.rand(shape, generator=self._there, device=self._device)
+
+    def stratified(self, count: int) -> Tensor:
+        """See `stratified`."""
+        return stratified(count, self.host).to(self._device, non_blocking=True)
+
+
 def at_sigma(clean_rfchw: Tensor, noise_rfchw: Tensor, sigma_r: Tensor) -> Tensor:
     """Clean latents brought to each row's noise level."""
     return add_noise(clean_rfchw, noise_rfchw, sigma_r.view(-1, 1, 1, 1, 1))
