@@ -11,6 +11,8 @@ from faulty_sources import FaultySource
 from longtake.eval.errors import EvalError
 from longtake.eval.interactive import PNG_NAME, SUMMARY_NAME, run_interactive, scripts_of
 from longtake.eval.interactive_records import (
+    ADHERENCE,
+    ATTRIBUTES,
     InteractiveConfig,
     InteractiveRecord,
     InteractiveSource,
@@ -72,6 +74,7 @@ def test_real_clips_arrive_at_once_and_leave_a_report(tmp_path: Path) -> None:
         assert source.mean_settled[name].value == 1.0, name
         assert source.mean_whole[name].value == 1.0, name
         assert len(source.settled) == 3
+        assert source.last_less_first[name].value == 0, name
     assert source.latency["all"].switches == 4
     assert source.latency["all"].median == source.latency["all"].quantile_90 == 0
     assert source.latency["all"].never.value == 0
@@ -91,6 +94,7 @@ def test_ignored_and_late_switches_are_noticed(tmp_path: Path) -> None:
     ignored = run("ignored switch", tmp_path / "ignored")
     assert ignored.settled[0]["all_right"].value == 1.0
     assert ignored.settled[2]["all_right"].value == 0.0
+    assert ignored.last_less_first["all_right"].value == -1
     assert ignored.latency["all"].never.value == 1.0
     assert ignored.latency["all"].median is None
     late = run("late switch", tmp_path / "late")
@@ -101,6 +105,28 @@ def test_ignored_and_late_switches_are_noticed(tmp_path: Path) -> None:
     assert settled is not None
     assert whole is not None
     assert whole < settled < 1
+
+
+def test_the_end_is_compared_with_the_beginning_by_sixths() -> None:
+    """Twelve prompts, two at each end; a stream that saw nothing at an end is left out."""
+
+    def record(index: int, shares: list[float | None]) -> InteractiveRecord:
+        settled = tuple(dict.fromkeys(ADHERENCE, share) for share in shares)
+        right = dict.fromkeys(ATTRIBUTES, "1")
+        prompts = ((0, "a red circle still on white"),)
+        return InteractiveRecord(
+            index=index, seed=0, prompts=prompts, settled=settled, whole=settled, right=right
+        )
+
+    middle: list[float | None] = [0.0] * 8
+    streams = [
+        record(0, [1.0, 0.8, *middle, 0.7, 0.5]),
+        record(1, [0.6, None, *middle, 0.6, 1.0]),
+        record(2, [None, None, *middle, 1.0, 1.0]),
+    ]
+    found = summarize_source(streams, {}).last_less_first["colour"]
+    assert found.num == 2
+    assert found.value == pytest.approx(((0.6 - 0.9) + (0.8 - 0.6)) / 2)
 
 
 def test_quantiles_count_what_never_arrives() -> None:

@@ -66,6 +66,10 @@ def run(arguments: Arguments) -> int:
     for title, columns in (
         ("transitions left out", {name: item.mean_settled for name, item in summary.sources.items()}),
         ("with transitions", {name: item.mean_whole for name, item in summary.sources.items()}),
+        (
+            "last sixth of the prompts less the first, transitions left out",
+            {name: item.last_less_first for name, item in summary.sources.items()},
+        ),
     ):
         print(title)
         print_estimates(columns)

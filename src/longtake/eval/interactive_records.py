@@ -98,6 +98,8 @@ class InteractiveSource(Config):
         whole: The same with transitions.
         mean_settled: Over all prompts.
         mean_whole: Over all prompts, with transitions.
+        last_less_first: Adherence to the last sixth of the prompts less that to the first (transitions left
+            out), paired over streams: of an hour the last ten minutes less the first ten.
         latency: "all" (colour, shape and background together) and each of `ATTRIBUTES`.
     """
 
@@ -106,6 +108,7 @@ class InteractiveSource(Config):
     whole: tuple[dict[str, Estimate], ...]
     mean_settled: dict[str, Estimate]
     mean_whole: dict[str, Estimate]
+    last_less_first: dict[str, Estimate]
     latency: dict[str, Latency]
 
 

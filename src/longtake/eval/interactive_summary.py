@@ -18,11 +18,13 @@ from longtake.eval.interactive_records import (
     InteractiveSource,
     Latency,
 )
-from longtake.eval.stats import Estimate, estimate, wilson
+from longtake.eval.stats import Estimate, estimate, paired_difference, wilson
 from longtake.world import parse_caption
 
 HOLD_FRAMES: Final = 8
 """A prompt has arrived when it holds for this many frames in a row: half a second."""
+PARTS: Final = 6
+"""The first and the last of so many parts of a stream are compared."""
 
 
 def latencies(record: InteractiveRecord) -> dict[str, list[int | None]]:
@@ -71,8 +73,20 @@ def summarize_source(records: Sequence[InteractiveRecord], about: dict[str, str]
         whole=tuple(_estimates([record.whole[i] for record in records]) for i in range(num)),
         mean_settled=_estimates([_mean_of(record.settled) for record in records]),
         mean_whole=_estimates([_mean_of(record.whole) for record in records]),
+        last_less_first=_last_less_first(records, max(1, num // PARTS)),
         latency={name: _latency(listed) for name, listed in by_name.items()},
     )
+
+
+def _last_less_first(records: Sequence[InteractiveRecord], num_prompts: int) -> dict[str, Estimate]:
+    first, last = (
+        [_mean_of(record.settled[part]) for record in records]
+        for part in (slice(num_prompts), slice(-num_prompts, None))
+    )
+    return {
+        name: paired_difference([item[name] for item in last], [item[name] for item in first])
+        for name in ADHERENCE
+    }
 
 
 def _estimates(scores: Sequence[Mapping[str, float | None]]) -> dict[str, Estimate]:
