@@ -63,6 +63,13 @@ def test_the_command_reports_everything(tmp_path: Path, capsys: pytest.CaptureFi
     assert [row["window_frames"] for row in report["wan_1_3b"]] == [7, 12, 21, 63]
     assert {bar["what"]: bar["met"] for bar in report["bars"]}["bytes a token and layer, int4"]
     assert report["time"]["ratio_of_medians"] > 0
+    keys, latents = report["memory"]["keys"], report["memory"]["latents"]
+    assert latents["segment_bytes"] == pytest.approx(4680 * 224 * 2)
+    assert keys["segment_bytes"] == pytest.approx(4680 * 3072 * 2)
+    # Latents have to be expanded in every layer that reads them, and keys are made once.
+    assert latents["share"] > keys["share"] > 0.1
+    assert all(row["time"]["ratio_of_medians"] > 0 for row in (keys, latents))
     printed = capsys.readouterr().out
+    assert "read as latents" in printed
     assert "by cache alone" in printed
     assert str(out) in printed

@@ -12,13 +12,14 @@ from typing import Any, Final
 import torch
 from pydantic import Field
 
-from longtake.bench.memory import WAN_1_3B, WAN_LATENT
+from longtake.bench.memory import PAPER, WAN_1_3B, WAN_LATENT, MemorySetting, count, with_memory
 from longtake.bench.meter import resident_bytes
 from longtake.bench.turns import Tell, TurnsConfig, bar, head, measure_alternatives
 from longtake.cache.base import Buffers
 from longtake.cache.latent import latent_layout
 from longtake.cache.quantized import KeyStorage, Storage
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiT
 from longtake.models.latent_config import LatentConfig
 from longtake.stream.pipeline import Pipeline
@@ -38,6 +39,7 @@ MAX_BYTES: Final = 166
 MAX_TIME_RATIO: Final = 1.05
 MAX_OFF: Final = 0.01
 NUM_PASSES: Final = 5
+MEMORY_WINDOW: Final = 12
 WAN_DECODER_STATE_BYTES: Final = 1.9e9
 """Of Wan's streaming autoencoder at 480x832 in bf16: 0.94 G numbers, kept for every stream."""
 _NUM_WEIGHTS: Final = 1.42e9 + 0.13e9  # DiT and autoencoder; the text encoder need not stay
@@ -114,6 +116,30 @@ def measured_allocation(num_bytes: int) -> list[dict[str, Any]]:
     return rows
 
 
+def counted_memory(read_as_latent: tuple[int, int] | None) -> dict[str, Any]:
+    """What the published memory costs beside latent attention at Wan2.1-1.3B's size, by how it is read.
+
+    Args:
+        read_as_latent: sizes of the latent and of the rotary key; None for per-head keys and values.
+    """
+    _, rows, columns = WAN_1_3B.patch_size
+    memory = PAPER.encoder(WAN_1_3B, (WAN_LATENT[0] // rows, WAN_LATENT[1] // columns))
+    dit = WAN_1_3B.replace(latent=LatentConfig(), memory=memory.replace(read_as_latent=read_as_latent))
+    history = HistoryConfig(window_frames=MEMORY_WINDOW, sink_frames=3, chunk_frames=3)
+    counted = count(dit, history, PAPER.policy(dit), WAN_LATENT, NUM_PASSES)
+    numbers = 2 * WAN_1_3B.width if read_as_latent is None else sum(read_as_latent)
+    return {"share": counted.share, "segment_bytes": 2.0 * memory.num_tokens * memory.num_readings * numbers}
+
+
+def timed_memory(config: TurnsConfig, latent: Pipeline, read_as_latent: tuple[int, int] | None) -> Any:
+    """Time of a chunk's latents with an untrained memory, over the same model that reads none."""
+    timed = with_memory(latent, MemorySetting(num_frames=1, num_layers=1, ffn_ratio=2), read_as_latent)
+    history, policy = timed.config.history, timed.config.history.policy
+    assert isinstance(policy, EvolvingConfig)
+    plain = timed.with_history(history.replace(policy=policy.replace(mode="off")))
+    return measure_alternatives(config, plain, timed, ("off", "memory"))
+
+
 def as_latent(pipeline: Pipeline) -> Pipeline:
     """The model with untrained latent attention, for measuring time, which does not depend on weights."""
     dense = pipeline.dit.config
@@ -143,6 +169,14 @@ def run_latent_bench(config: LatentBenchConfig, pipeline: Pipeline, model: str, 
         torch.manual_seed(0)
         dense = replace(pipeline, dit=DiT(plain).to(pipeline.device).eval().requires_grad_(False))
     times = measure_alternatives(config, dense, latent, ("dense", "latent"))
+    tell(f"time with a memory: {config.num_pairs} pairs, read as keys and as latents")
+    sizes = latent.dit.config.latent
+    assert sizes is not None
+    ranks = set(sizes.ranks(latent.dit.config.num_layers))
+    memories: dict[str, Any] = {"keys": {**counted_memory(None), "time": timed_memory(config, latent, None)}}
+    memories["latents"] = counted_memory((LatentConfig().ranks(1)[0], LatentConfig().rope_dim))
+    if len(ranks) == 1:  # all layers read the same latents
+        memories["latents"]["time"] = timed_memory(config, latent, (ranks.pop(), sizes.rope_dim))
     specs = {"dense": dense.dit.cache_spec(), "latent": latent.dit.cache_spec()}
     report = {
         **head(
@@ -155,6 +189,7 @@ def run_latent_bench(config: LatentBenchConfig, pipeline: Pipeline, model: str, 
         "wan_1_3b": [counted_window(window, config.device_bytes) for window in WINDOWS],
         "allocated": allocated,
         "time": times,
+        "memory": memories,
     }
     return {**report, "bars": bars(report)}
 

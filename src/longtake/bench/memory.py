@@ -209,11 +209,14 @@ def _room(history: HistoryConfig, dit: DiTConfig) -> Relative:
     return Relative(f_max=history.window_frames + num_memory - 1)
 
 
-def with_memory(pipeline: Pipeline, setting: MemorySetting) -> Pipeline:
-    """The model with an untrained memory."""
+def with_memory(
+    pipeline: Pipeline, setting: MemorySetting, read_as_latent: tuple[int, int] | None = None
+) -> Pipeline:
+    """The model with an untrained memory, read as per-head keys or (see `MemoryEncoderConfig`) as latents."""
     shape = pipeline.latent_shape
     grid = pipeline.dit.token_grid(shape[2], shape[3])
-    config = pipeline.dit.config.replace(memory=setting.encoder(pipeline.dit.config, grid))
+    memory = setting.encoder(pipeline.dit.config, grid).replace(read_as_latent=read_as_latent)
+    config = pipeline.dit.config.replace(memory=memory)
     torch.manual_seed(0)
     dit = DiT(config)
     dit.load_state_dict(copy.deepcopy(pipeline.dit.state_dict()), strict=False)

@@ -37,6 +37,13 @@ def run(arguments: Arguments) -> int:
             f"{cache['latent, int4'] / 1e9:>4.3f}   {streams['dense']} / {streams['latent']} by cache alone, "
             f"{row['streams']['dense']} / {row['streams']['latent']} with the decoder's state"
         )
+    for name, row in report["memory"].items():
+        measured = row.get("time")
+        time = "" if measured is None else f", time here {measured['ratio_of_medians'] - 1:+.1%} over none"
+        print(
+            f"  a memory of three frames read as {name}: {row['share']:.1%} more FLOPs at a window of 12, "
+            f"{row['segment_bytes'] / 1e6:.1f} MB{time}"
+        )
     times = report["time"]
     quartiles = times["ratio_within_pairs"]["quartiles"]
     print(
