@@ -241,6 +241,7 @@ def tiny_latent() -> Recipe:
     loop = dense.windows.loop.replace(num_steps=600, num_warmup_steps=20, ema_decay=0.98)
     return dense.replace(
         name="tiny-latent",
+        base="tiny",
         parent="tiny",
         warm_start="outputs/latent.safetensors",
         stages=("latents", "layers", "windows", "export"),
