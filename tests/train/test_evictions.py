@@ -51,6 +51,34 @@ def module(**memory: object) -> TextToLatents:
     return networks(DIT.replace(memory=MEMORY.replace(**memory))).requires_grad_(False)
 
 
+def test_no_two_batches_are_drawn_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out ones neither: the targets of recall scenes follow from the draw, not from the scenes' seeds."""
+    drawn: list[list[int]] = []
+
+    class Drawing(RecallSource):
+        def draw(self, rng: np.random.Generator, count: int) -> RecallBatch[Clips]:  # type: ignore[override]
+            drawn.append(rng.integers(1 << 30, size=4).tolist())
+            return batch()
+
+    made, source = module(), Drawing(renderer(guided=True), LatentCacheConfig(), REMEMBERS, (2.0, 3.0))
+    kept = evictions_of(made, REMEMBERS, batch())
+    monkeypatch.setattr(stage, "evictions_of", lambda *_: kept)
+    sources = {"train": (source, 2), "held-out": (source, 2)}
+    config = EvictionsConfig(loop=loop(2), num_clips=2)
+
+    def build(identity: str) -> None:
+        stage.build_evictions(
+            made, REMEMBERS, clip_encoder(), sources, config, tmp_path, {"weights": identity}
+        )
+
+    build("some")
+    assert len({tuple(numbers) for numbers in drawn}) == 4
+    build("some")
+    assert len(drawn) == 4
+    with pytest.raises(TrainingError, match="another network or other clips"):
+        build("others")
+
+
 @torch.no_grad()
 def test_what_is_kept_is_what_a_walk_under_the_plain_window_evicts(monkeypatch: pytest.MonkeyPatch) -> None:
     made, asked = module(), batch()

@@ -44,6 +44,7 @@ from longtake.train.recall import RecallBatch, RecallSource
 from longtake.train.walk import Walk
 
 _SWITCH = PromptSwitch(text="", memory="keep")
+_VERSION = 2  # of how batches are drawn
 
 
 class EvictionsConfig(Config):
@@ -234,18 +235,18 @@ def build_evictions(
         TrainingError: the folder holds batches of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    about, text = folder / "evictions.json", json.dumps(identity, sort_keys=True)
+    about, text = folder / "evictions.json", json.dumps({"version": _VERSION, **identity}, sort_keys=True)
     if about.exists() and about.read_text() != text:
         raise TrainingError(
             f"{folder} keeps what another network or other clips evicted", "use another folder or remove it"
         )
     about.write_text(text)
     dtype = autocast_dtype(config.loop.precision, next(module.parameters()).device)
-    for name, (source, count) in sources.items():
+    for number, (name, (source, count)) in enumerate(sources.items()):
         for index, path in enumerate(batch_paths(folder, name, count)):
             if path.exists():
                 continue
-            rng = np.random.default_rng((config.loop.seed, index))
+            rng = np.random.default_rng((config.loop.seed, number, index))  # no two batches alike
             batch = source.draw(rng, config.num_clips).encoded(encoder)
             with torch.no_grad(), torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
                 evictions_of(module, history, batch).save(path)
