@@ -52,7 +52,7 @@ def module(**memory: object) -> TextToLatents:
 
 
 def test_no_two_batches_are_drawn_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Held-out ones neither: the targets of recall scenes follow from the draw, not from the scenes' seeds."""
+    """Held-out ones neither: targets of recall scenes follow from the draw, not from the scenes' seeds."""
     drawn: list[list[int]] = []
 
     class Drawing(RecallSource):
