@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 
 from counting import flops_of_a_chunk
-from longtake.bench.latent import as_latent, counted_window, measured_allocation
+from longtake.bench.latent import as_latent, counted_window, measured_allocation, timed_memory
+from longtake.bench.memory import MemorySetting, with_memory
+from longtake.bench.turns import TurnsConfig
 from longtake.cli import main
 from longtake.models.dit_config import wan_dit
 from longtake.models.latent_config import LatentConfig
 from longtake.train.dit_costs import DiTCosts
 from model_file import write_model
-from tiny_parts import small_pipeline
+from tiny_parts import LATENT, small_pipeline
 
 
 @pytest.mark.parametrize("path", ["expand", "absorbed"])
@@ -44,6 +46,16 @@ def test_windows_are_counted_as_published() -> None:
         # Fewer and smaller products make queries, keys and values; that is more than expanding costs.
         assert flops["expand"] < flops["dense"] < flops["absorbed"]
     assert twenty_one["streams"]["latent"] > 3 * twenty_one["streams"]["dense"]
+
+
+def test_a_model_with_a_memory_of_its_own_is_timed_too() -> None:
+    """Its own is as small as it likes; what is timed is another."""
+    own = with_memory(
+        small_pipeline(latent=LATENT.replace(kv_rank=8)), MemorySetting(num_frames=1, num_layers=1)
+    )
+    for read_as_latent in (None, (8, 6)):
+        times = timed_memory(TurnsConfig(num_pairs=3), own, read_as_latent)
+        assert times["memory_seconds"]["num"] == 3
 
 
 def test_buffers_take_what_is_counted() -> None:

@@ -35,6 +35,8 @@ def test_arguments_repeat_their_config_faithfully(arguments: type[Config], confi
 
 def test_real_clips_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--scenes", "2", "--seconds", "2", "--window-seconds", "2", "--diversity-prompts", "0"]
+    assert main(["eval", "world", *argv, "--ceiling-only", "--policy", "off", "--out", str(tmp_path)]) == 2
+    assert "which asks no model" in capsys.readouterr().err
     assert main(["eval", "world", *argv, "--ceiling-only", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["config"]["scenes"] == 2

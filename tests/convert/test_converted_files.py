@@ -86,7 +86,11 @@ def test_a_model_file_is_converted_and_streams(
     close = [next(stream).frames for _ in range(4)][-1]
     assert abs(close.astype(int) - frames[-1].frames.astype(int)).mean() < 20
     capsys.readouterr()
-    assert convert(packed, tmp_path / "back.safetensors") == 0
+    assert convert(packed, tmp_path / "keys.safetensors", "--key-storage", "fp8") == 0
+    kept = load_model(str(tmp_path / "keys.safetensors")).card.dit.latent
+    assert kept is not None
+    assert (kept.storage, kept.key_storage, kept.debias) == ("int4", "fp8", True)  # what is not said stays
+    assert convert(packed, tmp_path / "back.safetensors", "--storage", "full") == 0
     assert load_model(str(tmp_path / "back.safetensors")).pipeline.digest == model.pipeline.digest
     assert convert(out, tmp_path / "again.safetensors", "--kv-rank", "3", "--storage", "fp8") == 2
     assert "not --kv-rank" in capsys.readouterr().err

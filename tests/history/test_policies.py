@@ -14,7 +14,7 @@ from longtake.cache.base import Entries
 from longtake.cache.dense import dense_layout
 from longtake.diffusion.sampler import context_pass
 from longtake.errors import ConfigError
-from longtake.history.base import HistoryConfig
+from longtake.history.base import HistoryConfig, HistoryView
 from longtake.history.compression import AverageConfig, Band, PooledConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.policy import Evicted, Policy, PolicyConfig, Surroundings
@@ -134,6 +134,46 @@ def test_both_histories_agree_for_streams_at_different_lengths(
             fixed.commit(context_pass(network, texts, seen, x), slots)
             fixed.check_integrity()
     assert fixed.num_bytes == size
+
+
+@pytest.mark.parametrize("name", ["window", "evolving"])
+@pytest.mark.parametrize(
+    ("positions", "chunk"),
+    [(Absolute(), 2), (Relative(f_max=8), 2), (Relative(f_max=7), 2), (Relative(f_max=8), 3)],
+)
+def test_rounded_keys_are_the_same_numbers_in_both_histories(name: str, positions: Any, chunk: int) -> None:
+    """As read by every chunk and by a pass that encodes the window again: a sink is read with the ids that it
+    was committed with, with smaller ones beside a memory, and with larger ones.
+    """
+    network = small_dit(memory=MEMORY, latent=LAYOUTS[f"{ROUNDED_KEYS}expand"])
+    config = HistoryConfig(
+        window_frames=6, sink_frames=1, chunk_frames=chunk, positions=positions, policy=POLICIES[name]
+    )
+    policy, spec = network.policy(config.policy, GRID), network.cache_spec()
+    pure = PureHistory(config, spec, GRID, policy)
+    fixed = SlotHistory(config, spec, GRID, 1, policy=policy)
+    slot, generator = fixed.join(), torch.Generator().manual_seed(5)
+
+    def keys(view: HistoryView, tokens: int) -> Tensor:
+        rotary = [parts["k_rope"].float() for parts in view.past(0) if "k_rope" in parts]
+        return torch.cat(rotary, dim=1)[:, -tokens:].flatten().sort().values  # a ring has an order of its own
+
+    for _ in range(7):
+        layers = tuple(
+            {
+                part: 3 * torch.randn(1, chunk * TOKENS, *of_part.shape, generator=generator)
+                for part, of_part in parts
+            }
+            for parts in spec.layers
+        )
+        pure = pure.commit(Entries(layers))
+        fixed.commit(Entries(layers), [slot])
+        held = len(pure.sink_frames) + len(pure.local_frames)
+        assert torch.equal(keys(pure.view(), held * TOKENS), keys(fixed.view([slot]), held * TOKENS))
+        if pure.local_frames:
+            own = {"own_sink": False, "own_local": True, "read_sink": True}
+            one, other = pure.reencode_view(**own)[1], fixed.reencode_view(slot, **own)[1]
+            assert torch.equal(keys(one, TOKENS), keys(other, TOKENS))
 
 
 def test_averages_are_kept_in_single_precision() -> None:

@@ -254,7 +254,7 @@ def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
 def test_keys_in_8_bits_are_a_little_off_and_cut_off_where_they_do_not_fit() -> None:
     """What is read of the past, over what it was: three bits of every number."""
     spec = latent_layout((4,), LATENT.rope(HEAD), key_storage="fp8")
-    config = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=4))
+    config = HistoryConfig(window_frames=5, sink_frames=0, chunk_frames=2, positions=Relative(f_max=4))
     pure, fixed = PureHistory(config, spec, GRID), SlotHistory(config, spec, GRID, 1)
     slot = fixed.join()
     key = 3 * torch.randn(1, 2 * GRID[0] * GRID[1], 1, 2 * spec.rope.num_pairs)
@@ -284,12 +284,13 @@ def test_training_reads_the_numbers_that_serving_unpacks(storage: Any) -> None:
     )
     text = network.encode_text(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)))
     policy, spec = network.policy(config.policy, GRID), network.cache_spec()
-    packed = PureHistory(config, spec, GRID, policy)
+    served = SlotHistory(config, spec, GRID, 2, policy=policy)
+    slots = [served.join(), served.join()]
     walk = Walk(network, config, text, 2, *GRID)
     for chunk, x in enumerate(torch.randn(6, 2, 2, 3, *GRID, generator=torch.Generator().manual_seed(2))):
         with torch.no_grad():
-            _, entries = network(x, torch.zeros(2, 2), text, packed.view())
-            packed = packed.commit(entries)
+            _, entries = network(x, torch.zeros(2, 2), text, served.view(slots))
+            served.commit(entries, slots)
         if chunk % 2:
             walk.commit(x, learns=False)
         else:
@@ -297,9 +298,9 @@ def test_training_reads_the_numbers_that_serving_unpacks(storage: Any) -> None:
             assert clean.requires_grad
     sigma = torch.full((2,), 0.5)
     with torch.no_grad():
-        served, _ = network(x, 1000 * sigma[:, None].expand(2, 2), text, packed.view())
+        flow, _ = network(x, 1000 * sigma[:, None].expand(2, 2), text, served.view(slots))
     learned = walk.predict(x, sigma)
-    torch.testing.assert_close(learned, x - 0.5 * served, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(learned, x - 0.5 * flow, atol=2e-5, rtol=1e-4)
     walk.switch(text, PromptSwitch(text="", memory="keep"), rows=[0])
     walk.predict(x, sigma).square().sum().backward()
     assert network.memory is not None

@@ -148,9 +148,15 @@ def test_states_of_consistency_are_clips_with_noise() -> None:
     assert counts == [30, 30, 30, 30]
 
 
-def test_consistency_gives_targets_no_gradients_and_every_parameter_some() -> None:
-    made = task(target="consistency", num_intervals=4)
+def test_consistency_gives_targets_no_gradients_and_every_parameter_some(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made, lessons = task(target="consistency", num_intervals=4), []
+    give = made._lesson
+    monkeypatch.setattr(made, "_lesson", lambda *given: lessons.append(give(*given)) or lessons[-1])
     loss, _ = made.loss(0, 0.0)
+    assert lessons
+    assert not any(lesson.target_rfchw.requires_grad for lesson in lessons)
     loss.backward()
     assert all(parameter.grad is None for parameter in made._teacher.parameters())
     idle = [

@@ -3,8 +3,9 @@ learn from them."""
 
 from __future__ import annotations
 
+import gc
 import json
-from itertools import pairwise
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 from longtake.errors import ConfigError, TrainingError, VideoError
+from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.positions import Relative
 from longtake.io.checkpoints import read_safetensors, read_weights, write_safetensors
 from longtake.io.video import VideoConfig, open_video
 from longtake.models.dit import DiT
@@ -155,8 +159,11 @@ def test_a_cache_is_written_once_and_leaves_out_what_it_cannot_use(tmp_path: Pat
         StoredClips(cache, 4).select([0])
     with pytest.raises(TrainingError, match="caches other clips"):
         encode_videos(videos[:2], CONFIG, SIZE, cache, "some", lambda: encoder)
+    short, other = videos[1:2], tmp_path / "other"
     with pytest.raises(TrainingError, match="none of 1 videos could be used"):
-        encode_videos(videos[1:2], CONFIG, SIZE, tmp_path / "other", "some", lambda: encoder)
+        encode_videos(short, CONFIG, SIZE, other, "some", lambda: encoder)
+    video(short[0].path, 9)  # mended, it is looked at
+    assert encode_videos(short, CONFIG, SIZE, other, "some", lambda: encoder) == 1
     with pytest.raises(TrainingError, match="run stage clips first"):
         StoredClips(tmp_path / "nowhere").select([0])
 
@@ -177,6 +184,14 @@ def test_lists_that_cannot_be_used_are_told(tmp_path: Path, lines: str | None, w
         (tmp_path / "metadata.jsonl").write_text(lines)
     with pytest.raises(TrainingError, match=words):
         captioned_videos(tmp_path)
+
+
+def test_captions_may_hold_any_character(tmp_path: Path) -> None:
+    text = "one line\u2028another\x85and more"
+    (tmp_path / "a.mp4").touch()
+    line = json.dumps({"file_name": "a.mp4", "text": text}, ensure_ascii=False)
+    (tmp_path / "metadata.jsonl").write_text(f"{line}\n{line}\n", encoding="utf-8")
+    assert [found.text for found in captioned_videos(tmp_path)] == [text, text]
 
 
 def test_the_last_videos_are_held_out() -> None:
@@ -251,17 +266,31 @@ def test_all_stages_follow_each_other(tmp_path: Path) -> None:
     assert distil(made, out, ["clips"]) == {"train clips": 3, "held_out clips": 1}
     with pytest.raises(TrainingError, match="run stage teacher_forcing first"):
         distil(made, out, ["consistency"])
-    left = [dit.state_dict()]
+    name, before = "blocks.1.self_attn.kv_down.weight", dit.state_dict()
     for stage in ("teacher_forcing", "consistency", "dmd"):
         distil(made, out, [stage])
-        left.append(read_safetensors(out / stage / "weights.safetensors")[0])
-    for before, after in pairwise(left):
-        moves = [(after[name] - tensor).abs().max().item() for name, tensor in before.items()]
-        assert 0 < max(moves) < 1e-4  # one step from there, not from random weights
+        path = out / stage / "weights.safetensors"
+        after = read_safetensors(path)[0]
+        moves = [(after[key] - tensor).abs().max().item() for key, tensor in before.items()]
+        assert 0 < max(moves) < 1e-4
+        before = {**after, name: after[name] + 1.0}  # by which the next stage's start is known
+        write_safetensors(path, before, {})
     distil(made, out, ["export"])
     exported = read_weights(out / "wan-1.3b-latent.safetensors")
-    name = "blocks.1.self_attn.kv_down.weight"
-    torch.testing.assert_close(exported[name].float(), left[-1][name], atol=0, rtol=0.01)
+    torch.testing.assert_close(exported[name].float(), before[name], atol=0, rtol=0.01)
+    with pytest.raises(
+        TrainingError, match=r"holds latents of \(16, 4, 6\), and the recipe is for \(16, 4, 8\)"
+    ):
+        wide = made.replace(stream=made.stream.replace(width=64))
+        distil(wide, out, ["consistency"])
+    folder = tmp_path / "videos"
+    video(folder / "0.mp4", 30)
+    with pytest.raises(TrainingError, match="or files have changed"):
+        distil(made, out, ["clips"])
+    with pytest.raises(
+        TrainingError, match=r"makes latents of \(16, 4, 6\) of 32x48 pixels, and the network reads"
+    ):
+        distil(made.replace(spatial_stride=4), tmp_path / "other", ["clips"])
 
 
 @pytest.mark.parametrize(
@@ -279,5 +308,42 @@ def test_what_videos_cannot_give_is_refused(
 ) -> None:
     made = small(tmp_path)
     made = made.replace(**{stage: getattr(made, stage).replace(**changes)})
-    with pytest.raises(ConfigError, match=words):
-        made.check([stage], Machine("cpu", 10**15))
+    for wanted in (stage, "clips"):  # before the videos are encoded
+        with pytest.raises(ConfigError, match=words):
+            made.check([wanted], Machine("cpu", 10**15))
+
+
+def test_stages_that_a_recipe_does_not_have_are_refused(tmp_path: Path) -> None:
+    made = small(tmp_path)
+    plain = made.replace(stages=("prompts", "dmd", "export"))
+    with pytest.raises(ConfigError, match="stage consistency is none of wan-1.3b-latent's"):
+        distil(plain, tmp_path, ["consistency"])
+    with pytest.raises(ConfigError, match="train nothing that could be exported"):
+        distil(made.replace(stages=("prompts", "export")), tmp_path, ["export"])
+    late = HistoryConfig(
+        window_frames=9, positions=Relative(f_max=11), policy=EvolvingConfig(timing="second_pass")
+    )
+    with pytest.raises(ConfigError, match="passes that follow each other, which stage teacher_forcing"):
+        made.replace(stream=made.stream.replace(history=late)).check_settings(["teacher_forcing"])
+
+
+def test_a_stage_leaves_no_networks_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their learners hold on to tasks, which nothing else does."""
+    made, kept = small(tmp_path), []
+
+    class Held:
+        def __init__(self) -> None:
+            self.itself = self
+
+    def stage(*_: object) -> dict[str, float]:
+        held = Held()
+        kept.append(weakref.ref(held))
+        return {}
+
+    monkeypatch.setattr("longtake.train.distil._embed", stage)
+    monkeypatch.setattr("longtake.train.distil._export", lambda *_: {"gone": float(kept[0]() is None)})
+    gc.disable()
+    try:
+        assert distil(made, tmp_path, ["prompts", "export"]) == {"gone": 1.0}
+    finally:
+        gc.enable()

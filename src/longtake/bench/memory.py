@@ -58,7 +58,8 @@ class MemorySetting(Config):
 
     @classmethod
     def like(cls, dit: DiTConfig, policy: EvolvingConfig, grid: tuple[int, int]) -> MemorySetting:
-        """A network's own memory, in shares of that network, with which it can be scaled to another.
+        """A network's own memory, in shares of that network, with which it can be scaled to another: its
+        tokens, layers and readers, beside dense attention and read as keys.
 
         Args:
             dit: the network, with its memory.
@@ -219,7 +220,8 @@ def with_memory(
     config = pipeline.dit.config.replace(memory=memory)
     torch.manual_seed(0)
     dit = DiT(config)
-    dit.load_state_dict(copy.deepcopy(pipeline.dit.state_dict()), strict=False)
+    own = {name: t for name, t in pipeline.dit.state_dict().items() if not name.startswith("memory.")}
+    dit.load_state_dict(copy.deepcopy(own), strict=False)
     dit.to(pipeline.device).eval().requires_grad_(False)
     history = pipeline.config.history
     return Pipeline(

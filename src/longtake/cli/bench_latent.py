@@ -39,7 +39,9 @@ def run(arguments: Arguments) -> int:
         )
     for name, row in report["memory"].items():
         measured = row.get("time")
-        time = "" if measured is None else f", time here {measured['ratio_of_medians'] - 1:+.1%} over none"
+        time = ""
+        if measured is not None:
+            time = f"; time here, of a single frame: {measured['ratio_of_medians'] - 1:+.1%} over none"
         print(
             f"  a memory of three frames read as {name}: {row['share']:.1%} more FLOPs at a window of 12, "
             f"{row['segment_bytes'] / 1e6:.1f} MB{time}"

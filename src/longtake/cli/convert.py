@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from longtake.convert.bare import BareWeights
     from longtake.convert.report import ConversionReport
     from longtake.convert.settings import Calibration
+    from longtake.models.latent_config import LatentConfig
 
 
 class Arguments(Config):
@@ -43,8 +44,9 @@ class Arguments(Config):
             left out.
         nope_dim: channels of a head without positions; all that do not turn if left out.
         rope_bands: bands that turn with time, row and column, as numbers of the highest ones.
-        storage: of latents in a cache: as they are, in 8 bits, or in 4. Of a model that is latent already
-            this and the next two alone are changed.
+        storage: of latents in a cache: as they are, in 8 bits, or in 4; as they are where it is left out. Of
+            a model that is latent already this and the next two alone can be changed, and what is left out
+            stays.
         key_storage: of the key that all heads share: as it is, or in 8 bits.
         debias: with int4: take from scores what rounding adds to attention on average.
         num_tokens: of every layer, that errors are measured with (those of a quarter of the prompts) and
@@ -71,8 +73,8 @@ class Arguments(Config):
     query_rank: int | None = Field(None, ge=1)
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None
-    storage: Literal["full", "fp8", "int4"] = "full"
-    key_storage: Literal["full", "fp8"] = "full"
+    storage: Literal["full", "fp8", "int4"] | None = None
+    key_storage: Literal["full", "fp8"] | None = None
     debias: bool = False
     num_tokens: int = Field(24576, ge=0)
     num_chunks: int = Field(6, ge=1)
@@ -101,12 +103,12 @@ def run(arguments: Arguments) -> int:
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {str(out)!r} is no .safetensors file", "give it that suffix")
     _check_writable(out)
-    config = config_of(ConvertConfig, arguments)
     source = _source(arguments.source)
     if source.exists() and out.resolve() == source.resolve():
         raise UsageError(f"--out {str(out)!r} is the model itself", "give another file")
     bare = None if is_bundle(source) else BareWeights.read(source, arguments.num_heads)
     dense = read_card(source).dit if bare is None else bare.config
+    config = config_of(ConvertConfig, _stored(arguments, dense.latent))
     if dense.latent is not None:
         _check_storage_alone(arguments)
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +157,19 @@ def _check_writable(path: Path) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK) or path.is_dir():
         raise UsageError(f"cannot write {str(path)!r}", "give another --out")
+
+
+def _stored(arguments: Arguments, latent: LatentConfig | None) -> Arguments:
+    """The arguments with what is not said of storage as it is in a latent model, or as it is by default."""
+    before = {"storage": "full", "key_storage": "full"}
+    if latent is not None:
+        before = {name: getattr(latent, name) for name in before}
+    left_out: dict[str, object] = {
+        name: value for name, value in before.items() if getattr(arguments, name) is None
+    }
+    if latent is not None and latent.debias and arguments.storage in (None, "int4"):
+        left_out["debias"] = True
+    return arguments.replace(**left_out)
 
 
 def _check_storage_alone(arguments: Arguments) -> None:

@@ -29,7 +29,7 @@ class Arguments(Config):
         num_inference_steps: denoising steps of every chunk; the model's own where it is left out.
         guidance_scale: of classifier-free guidance, 1 for none; the model's own where it is left out.
         policy: what becomes of frames that leave the window: "own", the model's; of a learned memory "prior"
-            (its initial state alone) or "off"; or any that `longtake eval recall` takes.
+            (its initial state alone) or "off"; or a kind of policy, as `longtake eval recall` takes it.
         split: combinations and wordings that training may see, those held out from it, or any.
         sample_every_frames: every n-th frame goes to the detectors; at level 3 every second one at least.
         window_seconds: motion and drift are judged per window of this length.
@@ -66,7 +66,7 @@ def run(arguments: Arguments) -> int:
     """Evaluate; returns the exit code, 0 whether or not the bars are met."""
     from longtake.eval.errors import EvalError
     from longtake.eval.model import ModelSource, ceilings
-    from longtake.eval.policies import SWAPPED, with_policy
+    from longtake.eval.policies import OWN, SWAPPED, with_policy
     from longtake.eval.runner import Shard, WorldEvalConfig
     from longtake.eval.score import SHARES
     from longtake.eval.source import TruthSource, VideoSource
@@ -77,6 +77,10 @@ def run(arguments: Arguments) -> int:
         raise EvalError(
             f"--policy {arguments.policy}: streams of `longtake eval world` have nothing to swap",
             "use `longtake eval recall --policies own swapped`",
+        )
+    if arguments.ceiling_only and arguments.policy != OWN:
+        raise EvalError(
+            f"--policy {arguments.policy} beside --ceiling-only, which asks no model", "leave one of them out"
         )
     config, shard = config_of(WorldEvalConfig, arguments), Shard.parse(arguments.shard)
     subject: VideoSource = TruthSource(config.level)

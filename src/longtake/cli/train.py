@@ -10,7 +10,7 @@ from typing import Annotated, TypeVar, get_args
 import tyro
 from pydantic import Field
 
-from longtake.cli.evaluation import make_directory
+from longtake.cli.evaluation import make_directory, tell
 from longtake.config import Config
 from longtake.errors import ConfigError, UsageError, nearest
 
@@ -87,7 +87,7 @@ def run(arguments: Arguments) -> int:
     recipe.dump(out / "recipe.json")
     seconds, memory_gb = arguments.stop_after_seconds, arguments.memory_gb
     if isinstance(recipe, DistillationRecipe):
-        figures = distil(recipe, out, chosen or None, seconds, memory_gb)
+        figures = distil(recipe, out, chosen or None, seconds, memory_gb, tell)
     else:
         figures = train(recipe, out, chosen or None, seconds, memory_gb)
     for figure, amount in figures.items():

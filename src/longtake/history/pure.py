@@ -25,7 +25,7 @@ from longtake.history.base import (
     split_queries,
 )
 from longtake.history.policy import Evicted, Policy, PolicyState
-from longtake.history.positions import aligned_to_frames, segment_ids
+from longtake.history.positions import Relative, aligned_to_frames, segment_ids
 from longtake.history.window import WindowPolicy
 from longtake.ops.rope import Phases
 
@@ -137,11 +137,7 @@ class PureHistory:
             layout = memory.layout or self.spec
             phases = memory.phases([ids.memory[0]], layout.rope).to(self.device)
             segments.append(_turned(self.policy.read(state), phases, layout))
-        if self.sink and ids.sink == self.sink_frames:
-            segments += [piece.rotated for piece in self.sink]
-        elif self.sink:
-            raw = Entries.cat([piece.raw for piece in self.sink])
-            segments.append(_turned(raw, self._phases(ids.sink), self.spec))
+        segments += self._read_sink(ids.sink)
         segments += [piece.rotated for piece in self.local]
         return HistoryView(
             tuple(segments),
@@ -207,10 +203,7 @@ class PureHistory:
             own_local=own_local,
             read_sink=read_sink,
         )
-        segments: tuple[Entries, ...] = ()
-        if plan.sink_ids:
-            raw = Entries.cat([piece.raw for piece in self.sink])
-            segments = (_turned(raw, self._phases(plan.sink_ids), self.spec),)
+        segments = tuple(self._read_sink(plan.sink_ids))
         return plan.frames, plan.view(segments, self.spec, self.grid, self.device, packs=self.packs)
 
     def rewrite(
@@ -321,6 +314,18 @@ class PureHistory:
         frames = tuple(frame for piece in evicted for frame in piece.frames)
         raw = Entries.cat([self._left(piece) for piece in evicted])
         return self.policy.absorb(state, Evicted((frames,) * raw.num_rows, raw, queries))
+
+    def _read_sink(self, ids: tuple[int, ...]) -> list[Entries]:
+        """The sink as read with some ids, none for no sink. Where it turns with the stream, a cache turns it
+        from a copy, which is rounded where keys are.
+        """
+        if not ids:
+            return []
+        turns = isinstance(self.config.positions, Relative) and bool(self.spec.rounded_parts)
+        if ids == self.sink_frames and not turns:
+            return [piece.rotated for piece in self.sink]
+        raw = Entries.cat([piece.raw for piece in self.sink])
+        return [_turned(raw, self._phases(ids), self.spec)]
 
     def _piece(self, frames: tuple[int, ...], entries: Entries) -> Piece:
         """Frames as they are read by their index in the stream, rounded as a cache would have them."""

@@ -63,6 +63,7 @@ class SlotStorage:
         self.memory_tokens = 0 if memory is None else memory.num_tokens
         self._memory_grid = memory
         self._sink_tokens = sink_frames * self.frame_tokens
+        self._sink_turns = sink_turns
 
         def buffers(
             layout: CacheSpec, tokens: int, names: Sequence[str] | None = None, **kept: Any
@@ -118,11 +119,14 @@ class SlotStorage:
             writes: which frames go where.
             frames: for each row of the entries the index in the stream of its frames.
         """
-        rotated = entries.rotated(frame_phases(frames, self.grid, self.spec, self.device), self.spec)
+        phases = frame_phases(frames, self.grid, self.spec, self.device)
+        rotated = entries.rotated(phases, self.spec)
         self._write(self._buffers["past"], rotated, writes)
-        self._write(
-            self._buffers["sink"], entries, [write for write in writes if write.block < self.sink_frames]
-        )
+        sink = [write for write in writes if write.block < self.sink_frames]
+        self._write(self._buffers["sink"], entries, sink)
+        if self._sink_turns and self.spec.rounded_parts:  # as it will be whenever it is turned
+            again = entries.stored(self.spec).rotated(phases, self.spec)
+            self._write(self._buffers["past"], again, sink)
 
     def gather(
         self,

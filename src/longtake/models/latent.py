@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from longtake.cache.latent import CONTENT, ROPE_KEY, SCALES
 from longtake.cache.quantized import (
+    FP8,
     GROUP,
     num_groups,
     pack_fp8,
@@ -135,8 +136,9 @@ class LatentAttention(nn.Module):
         """Latents and keys that calculations take. With `debias` the squared step of each group of packed
         latents stands in further channels of the key, to which `_error_queries` are the queries.
         """
-        content = self._content(parts)
-        key = parts[ROPE_KEY].to(content.dtype)
+        content, key = self._content(parts), parts[ROPE_KEY]
+        if key.dtype == FP8:
+            key = key.to(self.k_rope.weight.dtype)
         if self.config.debias:
             steps = content.new_zeros(*content.shape[:2], num_groups(self.sizes.kv_rank))
             if SCALES in parts:

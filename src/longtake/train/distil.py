@@ -6,6 +6,7 @@ VideoMLA (arXiv 2605.30351): teacher forcing and consistency distillation before
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def distil(
     stages: Sequence[str] | None = None,
     stop_after_seconds: float | None = None,
     memory_gb: float | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Run a recipe's stages, going on where `out` shows an earlier run stopped.
 
@@ -62,6 +64,7 @@ def distil(
         stages: a part of the recipe's stages.
         stop_after_seconds: of a stage that trains, which is then resumed later.
         memory_gb: that training may count on; that of the device where None.
+        tell: given a line about every shard of clips, and every video that is left out.
 
     Returns:
         the last stage's figures.
@@ -71,12 +74,13 @@ def distil(
         TrainingError: files are missing, memory does not suffice, or the loss diverged.
     """
     wanted = stages or recipe.stages
+    recipe.check_settings(wanted)
     if any(stage in wanted for stage in TRAINING):
         recipe.check(wanted, this_machine(recipe.device, memory_gb))
     torch.manual_seed(recipe.seed)
     actions: dict[str, Callable[[], dict[str, float]]] = {
         "prompts": lambda: _embed(recipe, out),
-        "clips": lambda: _encode(recipe, out),
+        "clips": lambda: _encode(recipe, out, tell),
         "teacher_forcing": lambda: _force(recipe, out, stop_after_seconds),
         "consistency": lambda: _make_consistent(recipe, out, stop_after_seconds),
         "dmd": lambda: _match(recipe, out, stop_after_seconds),
@@ -85,6 +89,9 @@ def distil(
     figures: dict[str, float] = {}
     for stage in wanted:
         figures = actions[stage]()
+        gc.collect()  # a task and its learners hold each other: its networks would stay beside the next one's
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         if STOPPED_EARLY in figures:
             break
     return figures
@@ -106,15 +113,25 @@ def _embed(recipe: DistillationRecipe, out: Path) -> dict[str, float]:
     return {"prompts": float(len(every))}
 
 
-def _encode(recipe: DistillationRecipe, out: Path) -> dict[str, float]:
+def _encode(recipe: DistillationRecipe, out: Path, tell: Callable[[str], None]) -> dict[str, float]:
     config, size = recipe.videos, (recipe.stream.height, recipe.stream.width)
     videos = split_videos(captioned_videos(Path(config.folder)), config.num_held_out)
 
+    channels, *cells = recipe.latent_shape
+
     def encoder() -> WanEncoder:
-        return WanEncoder(recipe.autoencoder, recipe.device)
+        made = WanEncoder(recipe.autoencoder, recipe.device)
+        found = tuple(made(torch.zeros(1, 1, *size, 3, dtype=torch.uint8)).shape[2:])
+        if found != (channels, *cells):
+            raise TrainingError(
+                f"autoencoder={recipe.autoencoder!r} makes latents of {found} of {size[0]}x{size[1]} "
+                f"pixels, and the network reads {(channels, *cells)}",
+                "use the autoencoder that the network was trained with",
+            )
+        return made
 
     counts = {
-        name: encode_videos(some, config, size, out / "clips" / name, recipe.autoencoder, encoder, print)
+        name: encode_videos(some, config, size, out / "clips" / name, recipe.autoencoder, encoder, tell)
         for name, some in zip(("train", "held_out"), videos, strict=True)
     }
     return {f"{name} clips": float(count) for name, count in counts.items()}
@@ -126,6 +143,13 @@ def _clips(
     """First chunks and whole clips, where a stage reads any, and held-out clips."""
     frames = recipe.stream.history.chunk_frames
     whole, folder = config.num_chunks * frames, out / "clips"
+    channels, *cells = recipe.latent_shape
+    found = tuple(StoredClips(folder / "held_out").select([0]).latents_bfchw.shape[2:])
+    if found != (channels, *cells):
+        raise TrainingError(
+            f"{folder} holds latents of {found}, and the recipe is for {(channels, *cells)}",
+            "encode the videos for its size, in another folder",
+        )
     held_out = StoredClips(folder / "held_out", whole)
     return (
         StoredClips(folder / "train", frames) if config.num_first_clips else None,

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from longtake.config import Config
 from longtake.errors import ConfigError
+from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiT
 from longtake.models.dit_config import DiTConfig
 from longtake.stream.pipeline import StreamConfig
@@ -136,9 +137,32 @@ class DistillationRecipe(Config):
         """Refuse stages that cannot be trained on a machine, before they are.
 
         Raises:
-            ConfigError: settings that do not fit each other.
+            ConfigError: as `check_settings`.
             TrainingError: more memory is needed than there is, with settings that need less.
         """
+        self.check_settings(stages)
+        for stage in TRAINING:
+            if stage in stages:
+                plan = self.plan(stage, machine)
+                assert plan is not None, "a stage that trains"
+                check_fits(self, stage, plan, machine)
+
+    def check_settings(self, stages: Sequence[str]) -> None:
+        """Refuse stages that would stumble later, on any machine.
+
+        Raises:
+            ConfigError: settings that do not fit each other, or stages that the recipe does not have.
+        """
+        for stage in stages:
+            if stage not in self.stages:
+                raise ConfigError(
+                    f"stage {stage} is none of {self.name}'s: {', '.join(self.stages)}",
+                    "add it to the recipe's stages, with settings of its own",
+                )
+        if "export" in stages and not any(stage in TRAINING for stage in self.stages):
+            raise ConfigError(
+                f"stages={list(self.stages)} train nothing that could be exported", "add a stage that trains"
+            )
         ours, theirs = self.dit_model, self.teacher_model
         for name in ("in_channels", "out_channels", "text_width", "text_length"):
             if getattr(ours, name) != getattr(theirs, name):
@@ -154,14 +178,9 @@ class DistillationRecipe(Config):
                 "stream", self.stream.height, self.stream.width, unit, f"a token's place in {name}"
             )
         check_storage(ours.latent, self.stream.history.policy)
-        for stage in TRAINING:
-            if stage not in stages:
-                continue
-            if stage != "dmd":
+        for stage in ("teacher_forcing", "consistency"):
+            if stage in self.stages and ("clips" in stages or stage in stages):
                 self._check_walks(stage)
-            plan = self.plan(stage, machine)
-            assert plan is not None, "a stage that trains"
-            check_fits(self, stage, plan, machine)
 
     def _check_walks(self, stage: str) -> None:
         """Refuse what needs the small model's world, or longer clips than there are."""
@@ -176,6 +195,13 @@ class DistillationRecipe(Config):
                     f"{stage}.{name}={getattr(config, name)}: there are videos with captions, and no more",
                     f"set {stage}.{name}={value}",
                 )
+        policy = self.stream.history.policy
+        if isinstance(policy, EvolvingConfig) and policy.timing == "second_pass":
+            raise ConfigError(
+                f'policy.timing="second_pass" is of passes that follow each other, which stage {stage} does '
+                "not have",
+                'set stream.history.policy.timing="chunk", or train by dmd alone',
+            )
         if not config.walks:
             raise ConfigError(
                 f"{stage}.num_clips=0 and {stage}.num_first_clips=0 leave nothing to learn from",

@@ -276,11 +276,14 @@ class DiTTask:
                     noisy = at_sigma(clean, noise.normal(clean.shape), sigma)
                     squared = (walk.predict(noisy, sigma) - clean).square().mean(dim=2)
                     key = f"{name}_{time}"
-                    figures[f"foreground_{key}"] = _weighted(squared, mask * counted)
-                    figures[f"background_{key}"] = _weighted(squared, (1 - mask) * counted)
+                    weights = {"foreground": mask * counted, "background": (1 - mask) * counted}
                     for level in sorted(set(clips.levels)):
-                        of_level = mask * counted * (level_b == level)
-                        figures[f"level_{level}_{key}"] = _weighted(squared, of_level)
+                        weights[f"level_{level}"] = mask * counted * (level_b == level)
+                    figures |= {
+                        f"{kind}_{key}": _weighted(squared, weight)
+                        for kind, weight in weights.items()
+                        if kind == "foreground" or bool(weight.any())
+                    }
             if chunk < num_chunks - 1:
                 walk.commit(clean)
         return figures

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -72,7 +73,7 @@ def captioned_videos(folder: Path) -> list[CaptionedVideo]:
     """
     path = folder / METADATA_NAME
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # texts may hold other ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(
             f"cannot read {path}: {error}", 'write lines of {"file_name": "a.mp4", "text": "its caption"}'
@@ -245,6 +246,7 @@ def encode_videos(
         tell(f"{path}: {len(latents)} clips")
     count = len(StoredClips(folder))
     if count == 0:
+        shutil.rmtree(folder)  # so that better files are looked at
         raise TrainingError(
             f"none of {len(videos)} videos could be used",
             f"give videos of {config.num_frames} frames or more",
@@ -259,7 +261,7 @@ def _check_identity(
     folder: Path,
     encoder_name: str,
 ) -> None:
-    listed = json.dumps([[video.path.name, video.text] for video in videos])
+    listed = json.dumps([[str(video.path), video.path.stat().st_size, video.text] for video in videos])
     identity = json.dumps(
         {
             "clips": config.model_dump(mode="json"),
@@ -272,7 +274,9 @@ def _check_identity(
     if not path.exists():
         path.write_text(identity, encoding="utf-8")
     elif path.read_text(encoding="utf-8") != identity:
-        raise TrainingError(f"{folder} caches other clips", "remove it, or train in another folder")
+        raise TrainingError(
+            f"{folder} caches other clips, or files have changed", "remove it, or train in another folder"
+        )
 
 
 @dataclass(frozen=True)
