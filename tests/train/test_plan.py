@@ -191,6 +191,7 @@ def test_lines_tell_the_plan() -> None:
 
 
 TRAINING_STAGES = {"vae", "layers", "first", "windows", "trajectory", "dmd", "decoder", "evictions", "memory"}
+TRAINING_STAGES |= {"teacher_forcing", "consistency"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
