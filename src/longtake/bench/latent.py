@@ -6,7 +6,10 @@ Counted is a chunk of a stream whose window is full: four denoising passes and t
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, Final
 
 import torch
@@ -90,30 +93,32 @@ def counted_window(window_frames: int, device_bytes: float) -> dict[str, Any]:
 
 
 def measured_allocation(num_bytes: int) -> list[dict[str, Any]]:
-    """Resident memory that buffers at Wan2.1-1.3B's size really take, beside what their layout counts."""
-    rows = []
+    """Resident memory that buffers at Wan2.1-1.3B's size really take, beside what their layout counts. Each
+    in a process of its own: one that has freed memory takes that first, and grows by less than it uses.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1) as pool:
+        return list(pool.map(_allocation, STORAGES, repeat(num_bytes)))
+
+
+def _allocation(name: str, num_bytes: int) -> dict[str, Any]:
     latent = LatentConfig()
     ranks, rope = latent.ranks(WAN_1_3B.num_layers), latent.rope(WAN_1_3B.head_dim)
-    for name, storages in STORAGES.items():
-        spec = latent_layout(ranks, rope, *storages)
-        per_token = spec.bytes_per_token(torch.bfloat16)
-        tokens = -(-num_bytes // per_token)
-        before = resident_bytes()
-        buffers = Buffers(spec, 1, tokens, torch.device("cpu"), torch.bfloat16)
-        for tensor in buffers.named_tensors().values():
-            tensor.fill_(1)  # zeros that nobody has written take no memory
-        after = resident_bytes()
-        rows.append(
-            {
-                "storage": name,
-                "bytes_per_token_and_layer": per_token / WAN_1_3B.num_layers,
-                "counted_bytes": tokens * per_token,
-                "allocated_bytes": buffers.num_bytes,
-                "resident_bytes": None if before is None or after is None else after - before,
-            }
-        )
-        del buffers, tensor
-    return rows
+    spec = latent_layout(ranks, rope, *STORAGES[name])
+    per_token = spec.bytes_per_token(torch.bfloat16)
+    tokens = -(-num_bytes // per_token)
+    before = resident_bytes()
+    buffers = Buffers(spec, 1, tokens, torch.device("cpu"), torch.bfloat16)
+    for tensor in buffers.named_tensors().values():
+        tensor.fill_(1)  # zeros that nobody has written take no memory
+    after = resident_bytes()
+    return {
+        "storage": name,
+        "bytes_per_token_and_layer": per_token / WAN_1_3B.num_layers,
+        "counted_bytes": tokens * per_token,
+        "allocated_bytes": buffers.num_bytes,
+        "resident_bytes": None if before is None or after is None else after - before,
+    }
 
 
 def counted_memory(read_as_latent: tuple[int, int] | None) -> dict[str, Any]:
