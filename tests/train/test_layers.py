@@ -91,7 +91,10 @@ def test_a_model_is_converted_mended_and_exported(tmp_path: Path) -> None:
     )
     stages = ("latents", "layers", "windows", "export")
     train(mended, tmp_path / "mended", stages=stages)
-    assert load_model(str(tmp_path / "mended" / "mended.safetensors")).card.dit.latent == latent
+    card = load_model(str(tmp_path / "mended" / "mended.safetensors")).card
+    assert card.dit.latent == latent
+    assert str(tmp_path) not in card.recipe  # where files lay is nobody's business
+    assert '"warm_start":"latent.safetensors"' in card.recipe
     with pytest.raises(ConfigError, match="is of other sizes"):
         train(mended.replace(parent=str(converted)), tmp_path / "other", stages=("latents", "layers"))
     with pytest.raises(ConfigError, match="parent=None"):

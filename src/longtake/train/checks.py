@@ -15,6 +15,7 @@ from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
 from longtake.models.dit import DiT
 from longtake.models.latent_config import LatentConfig
 from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.dmd_plans import plan_dmd
 from longtake.train.excerpts import LatentCacheConfig
 from longtake.train.fit import check_multiple
 from longtake.train.long_clips import first_late_chunk
@@ -22,7 +23,6 @@ from longtake.train.plan import Machine, StagePlan
 from longtake.train.stage_plans import (
     Sizes,
     plan_dit,
-    plan_dmd,
     plan_evictions,
     plan_layers,
     plan_trajectory,

@@ -20,12 +20,13 @@ from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dit_costs import DiTCosts
 from longtake.train.dmd import dmd_optimizers
 from longtake.train.dmd_config import DMDConfig, score_history
+from longtake.train.dmd_plans import Role, dmd_phases
 from longtake.train.fit import check_fits, check_multiple
 from longtake.train.lora import add_lora
 from longtake.train.networks import TextToLatents
 from longtake.train.plan import DeviceKind, Machine, StagePlan, plan_stage
 from longtake.train.prompts import EmbeddedPrompts
-from longtake.train.stage_plans import Role, Sizes, dmd_phases, plan_dit, plan_trajectory
+from longtake.train.stage_plans import Sizes, plan_dit, plan_trajectory
 from longtake.train.trajectory import TrajectoryConfig
 from longtake.train.videos import (
     VideoClipsConfig,

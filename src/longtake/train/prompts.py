@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from longtake.errors import PromptError, TrainingError
+from longtake.train.pretrained import loading
 
 _PROMPTS_PER_SHARD = 256
 _PROMPTS_PER_BATCH = 8
@@ -118,20 +119,8 @@ class _Encoder:
 
 
 def _load_encoder(name: str, text_length: int, device: str) -> _Encoder:
-    try:
+    with loading("text encoder", name, "'tokenizer' and 'text_encoder'", "prompts"):
         return _Encoder(name, text_length, device)
-    except ImportError as error:
-        raise TrainingError(
-            f"embedding prompts needs {error.name}", "pip install 'longtake[wan]' brings it"
-        ) from error
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise TrainingError(
-            f"cannot load the text encoder {name!r}: {reason}",
-            "give a local folder with 'tokenizer' and 'text_encoder' inside, for instance a download of "
-            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or run this stage where the hub can be reached and copy its "
-            "folder 'prompts'",
-        ) from error
 
 
 def _metadata(path: Path) -> tuple[list[str], str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Literal, get_args
 
 from pydantic import Field, model_validator
@@ -129,11 +130,13 @@ class Recipe(Config):
 
     @property
     def card(self) -> ModelCard:
-        """The description that goes into the model file."""
+        """The description that goes into the model file, in which folders of this machine have no place."""
         return ModelCard(
             name=self.name,
             level=self.level,
-            recipe=self.model_dump_json(),
+            recipe=self.replace(
+                warm_start=_file_name(self.warm_start), parent=_file_name(self.parent)
+            ).model_dump_json(),
             vae=self.vae_model,
             text=self.text_model,
             dit=self.dit_model,
@@ -156,3 +159,8 @@ class Recipe(Config):
             plan = self.plan(stage, machine)
             if plan is not None:
                 check_fits(self, stage, plan, machine)
+
+
+def _file_name(model: str | None) -> str | None:
+    """A model's name, or that of its file."""
+    return None if model is None else Path(model).name

@@ -32,6 +32,7 @@ from longtake.config import Config
 from longtake.errors import TrainingError, VideoError
 from longtake.io.video import probe_video, read_video
 from longtake.train.latents import Clips
+from longtake.train.pretrained import loading
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -160,24 +161,12 @@ class WanEncoder:
     """
 
     def __init__(self, name: str, device: str = "cpu") -> None:
-        try:
+        with loading("autoencoder", name, "'vae'", "clips"):
             from diffusers import AutoencoderKLWan
-        except ImportError as error:
-            raise TrainingError(
-                f"encoding videos needs {error.name}", "pip install 'longtake[wan]' brings it"
-            ) from error
-        try:
+
             vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(
                 name, subfolder="vae", torch_dtype=torch.float32, low_cpu_mem_usage=False
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise TrainingError(
-                f"cannot load the autoencoder {name!r}: {reason}",
-                "give a local folder with 'vae' inside, for instance a download of "
-                "Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or run this stage where the hub can be reached and copy "
-                "its folder 'clips'",
-            ) from error
         self.name, self._device = name, device
         self._vae = vae.to(device).eval().requires_grad_(False)
         config = self._vae.config
