@@ -124,7 +124,7 @@ class SlotStorage:
         self._write(self._buffers["past"], rotated, writes)
         sink = [write for write in writes if write.block < self.sink_frames]
         self._write(self._buffers["sink"], entries, sink)
-        if self._sink_turns and self.spec.rounded_parts:  # as it will be whenever it is turned
+        if sink and self._sink_turns and self.spec.rounded_parts:  # as it will be whenever it is turned
             again = entries.stored(self.spec).rotated(phases, self.spec)
             self._write(self._buffers["past"], again, sink)
 
