@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
 
 from counting import measured, some_clips
 from longtake.errors import ConfigError
+from longtake.history.evolving import EvolvingConfig
+from longtake.models.dit import DiT
 from longtake.models.latent_config import LatentConfig
+from longtake.models.tiny_vae import TinyVAE
+from longtake.stream.bundle import save_model
 from longtake.stream.state import PromptSwitch
 from longtake.train.dit import DiTTask
-from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.dit_config import ClipKind, DiTTrainingConfig
 from longtake.train.latents import Clips
 from longtake.train.networks import TextToLatents
+from longtake.train.parents import Parent
 from longtake.train.plan import Machine
+from longtake.train.run import _parent
 from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Noise
-from toy_training import DIT, HISTORY, loop, networks, recipe
+from toy_training import DIT, HISTORY, MEMORY, REMEMBERING, loop, networks, recipe
 
 LATENT = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))
 CONFIG = DiTTrainingConfig(
@@ -37,7 +44,8 @@ def task(module: TextToLatents, parent: TextToLatents | None, config: DiTTrainin
     prompts = tuple((*of_clip, (2, "a green star")) for of_clip in clips.prompts)
     clips = dataclasses.replace(clips, prompts=prompts)
     steps = Steps(StepSources(config, clips, clips))
-    return DiTTask(module, HISTORY, config, steps, clips, parent=parent)
+    teaching = None if parent is None else Parent(parent, HISTORY)
+    return DiTTask(module, HISTORY, config, steps, clips, parent=teaching)
 
 
 def test_a_copy_of_the_parent_has_nothing_to_learn() -> None:
@@ -71,9 +79,64 @@ def test_chunks_that_are_only_committed_are_in_the_parents_past_too() -> None:
     module = networks()
     made = task(module, copy.deepcopy(module))
     clips: Clips = made.held_out
-    results = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), learned=(False, False, True))
+    results = made._walk(clips, 3, "whole", 1.0, Noise(0, torch.device("cpu")), learned=(False, False, True))
     assert len(results) == 1
     assert float(results[0][0].detach()) == pytest.approx(0, abs=1e-9)
+
+
+def test_a_parent_without_a_memory_teaches_all_but_recall() -> None:
+    """It walks over its own window, beside a learner that has a memory (here one that is not read)."""
+    torch.manual_seed(0)
+    memory = networks(DIT.replace(memory=MEMORY))
+    parent = networks()
+    memory.load_state_dict(parent.state_dict(), strict=False)
+    clips: Clips = some_clips()
+    whole = task(memory, parent)
+    whole.history = HISTORY.replace(policy=EvolvingConfig(mode="off"))
+    noise = torch.device("cpu")
+
+    def error(kind: ClipKind, made: DiTTask) -> float:
+        with torch.no_grad():
+            return float(made._walk(clips, 2, kind, 1.0, Noise(0, noise))[-1][0])
+
+    assert error("whole", whole) == pytest.approx(0, abs=1e-9)
+    taught = task(memory, parent, CONFIG.replace(clips_teach=("recall",)))
+    taught.history = whole.history
+    assert error("long", taught) == pytest.approx(0, abs=1e-9)
+    assert error("recall", taught) > 0.1
+
+
+def test_clips_that_teach_anyway_are_refused() -> None:
+    with pytest.raises(ConfigError, match="set learns_from=parent"):
+        DiTTrainingConfig(clips_teach=("recall",))
+
+
+def test_a_parent_is_of_the_same_sizes_and_chunks(tmp_path: Path) -> None:
+    """With a memory or without; what history it walks is its own."""
+    made = recipe()
+    made = made.replace(windows=made.windows.replace(learns_from="parent"))
+    remembering = made.replace(
+        dit_model=DIT.replace(memory=MEMORY), stream=made.stream.replace(history=REMEMBERING)
+    )
+    for name, given in (("plain", made), ("remembering", remembering)):
+        parts = {"vae": TinyVAE(given.vae_model), "text": networks().text, "dit": DiT(given.dit_model)}
+        path = tmp_path / f"{name}.safetensors"
+        save_model(path, given.card, parts)
+        for learner in (made, remembering):
+            assert _parent(learner.replace(parent=str(path))).history == given.stream.history
+    with pytest.raises(ConfigError, match="is of other sizes"):
+        _parent(made.replace(parent=str(tmp_path / "remembering.safetensors")), same_memory=True)
+    history = HISTORY.replace(window_frames=4, chunk_frames=1)
+    other = made.replace(
+        parent=str(tmp_path / "plain.safetensors"),
+        stream=made.stream.replace(history=history),
+        **{
+            name: getattr(made, name).replace(chunk_frames=1)
+            for name in ("first_latents", "latents", "held_out")
+        },
+    )
+    with pytest.raises(ConfigError, match="has chunks of 2 frames, the recipe of 1"):
+        _parent(other)
 
 
 def test_the_parent_is_planned() -> None:
@@ -90,12 +153,23 @@ def test_the_parent_is_planned() -> None:
     )
     some = some_clips()
     module, parent = networks(made.dit_model), networks()
-    walked = DiTTask(module, HISTORY, windows, Steps(StepSources(windows, some, some)), some, parent=parent)
+    walked = DiTTask(
+        module,
+        HISTORY,
+        windows,
+        Steps(StepSources(windows, some, some)),
+        some,
+        parent=Parent(parent, HISTORY),
+    )
     plan = made.plan("windows", Machine("cpu", 10**15))
     assert plan is not None
     flops, _ = measured(walked.learners[""], [walked.module], 0, False)
     assert plan.flops_per_step == pytest.approx(flops, rel=0.05)
     assert plan.flops["parent"] > 0
+    spared = made.replace(windows=windows.replace(clips_teach=("first", "whole")))
+    spared_plan = spared.plan("windows", Machine("cpu", 10**15))
+    assert spared_plan is not None
+    assert spared_plan.flops["parent"] == 0
     counted = {network.name: network.num_trained for network in plan.networks}
     assert counted["parent"] == 0
 

@@ -260,3 +260,28 @@ def tiny_latent() -> Recipe:
             adamw_learning_rate=5e-4,
         ),
     )
+
+
+def tiny_memory_latent() -> Recipe:
+    """The small model with both, a memory beside latent attention: first `longtake convert` what `tiny-memory`
+    made; this mends what that lost, with the dense model of the same memory to learn from.
+    """
+    dense, latent = tiny_memory(), tiny_latent()
+    return dense.replace(
+        name="tiny-memory-latent",
+        parent="outputs/tiny-memory.safetensors",
+        warm_start="outputs/latent.safetensors",
+        stages=("latents", "layers", "memory", "export"),
+        dit_model=dense.dit_model.replace(latent=latent.dit_model.latent),
+        layers=latent.layers,
+        memory=latent.windows.replace(
+            num_clips=2,
+            num_first_clips=6,
+            num_recall_clips=2,
+            recall_absence=(1.0, 6.0),
+            recall_learned_share=0.75,
+            recall_away_chunks=2,
+            num_long_clips=2,
+            num_long_learned=5,
+        ),
+    )

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from longtake.diffusion.flow import shift_sigmas
 from longtake.history.base import HistoryConfig
 from longtake.models.tiny_text import TinyTextEncoder
-from longtake.stream.state import PromptSwitch
-from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.dit_config import ClipKind, DiTTrainingConfig
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips
 from longtake.train.loop import Learner
 from longtake.train.networks import TextToLatents, dit_optimizer
+from longtake.train.parents import Parent, ParentsWalk
 from longtake.train.probes import MemoryReading, probes_of, token_guide_error
 from longtake.train.prompt_guide import PromptProbe
 from longtake.train.samples import SampleRollouts
@@ -38,7 +38,7 @@ class DiTTask:
         steps: what every step walks through.
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
-        parent: whose predictions are the targets, in place of the clips; never changed.
+        parent: whose predictions are the targets, in place of the clips.
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class DiTTask:
         steps: Steps,
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
-        parent: TextToLatents | None = None,
+        parent: Parent | None = None,
     ) -> None:
         assert (parent is not None) == (config.learns_from == "parent"), "checked before"
         self.networks = module
-        self._parent = None if parent is None else parent.eval().requires_grad_(False)
+        self._parent = parent
+        if parent is not None:
+            parent.networks.eval().requires_grad_(False)
         self.device = module.dit.patch_embedding.weight.device
         self.module: nn.Module = module
         self._probe: nn.Linear | None = None
@@ -89,18 +91,23 @@ class DiTTask:
         prompts: list[str] = []
         weights: list[float] = []
         for clips, num_chunks in drawn.walks:
-            parts += self._walk(clips, num_chunks, weight, noise)
+            kind: ClipKind = "first" if num_chunks == 1 else "whole"
+            parts += self._walk(clips, num_chunks, kind, weight, noise)
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
         if drawn.long is not None:
-            late = self._walk(drawn.long.clips, len(drawn.long.learned), weight, noise, drawn.long.learned)
+            late = self._walk(
+                drawn.long.clips, len(drawn.long.learned), "long", weight, noise, drawn.long.learned
+            )
             parts += late
             prompts += [text for of_clip in drawn.long.clips.prompts for _, text in of_clip]
             weights += [1.0] * len(late)
         if drawn.recall is not None:
             batch = drawn.recall
             reading = MemoryReading(batch, self._memory_probe, self.networks.dit.config.patch_size[-1])
-            asked = self._walk(batch.clips, len(batch.learned), weight, noise, batch.learned, reading)
+            asked = self._walk(
+                batch.clips, len(batch.learned), "recall", weight, noise, batch.learned, reading
+            )
             parts += asked
             weights += [
                 config.recall_back_weight if chunk >= batch.back_chunk else 1.0
@@ -134,6 +141,7 @@ class DiTTask:
         self,
         clips: Clips,
         num_chunks: int,
+        kind: ClipKind,
         foreground_weight: float,
         noise: Noise,
         learned: Sequence[bool] | None = None,
@@ -157,8 +165,8 @@ class DiTTask:
         recompute = config.loop.recompute == "blocks"
         walk = Walk(dit, self.history, text, num_clips, *size, recompute=recompute)
         parents = None
-        if self._parent is not None:
-            parents = _ParentsWalk(self._parent, self.history, captions, num_clips, *size)
+        if self._parent is not None and kind not in config.clips_teach:
+            parents = ParentsWalk(self._parent, captions, num_clips, *size)
         told = self._here(torch.tensor(clips.opens, dtype=torch.float32))
         results = []
         for chunk in range(num_chunks):
@@ -295,41 +303,6 @@ class DiTTask:
 
 _Errors = tuple[Tensor, Tensor, Tensor | None]
 """Of a chunk: the loss, the foreground's error, and that of reading the guide where there is one."""
-
-
-class _ParentsWalk:
-    """The frozen parent's way through the same clips, over a history of its own."""
-
-    def __init__(
-        self,
-        parent: TextToLatents,
-        history: HistoryConfig,
-        captions: list[str],
-        num_clips: int,
-        height: int,
-        width: int,
-    ) -> None:
-        self._parent = parent
-        with torch.no_grad():
-            text = parent.encode(captions)
-        self._walk = Walk(parent.dit, history, text, num_clips, height, width)
-
-    @torch.no_grad()
-    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor | None) -> Tensor:
-        """See `Walk.predict`, and `Walk.advance` where there is a context."""
-        if context_bfchw is None:
-            return self._walk.predict(noisy_rfchw, sigma_r)
-        return self._walk.advance(noisy_rfchw, sigma_r, context_bfchw)
-
-    @torch.no_grad()
-    def commit(self, context_bfchw: Tensor) -> None:
-        """See `Walk.commit`."""
-        self._walk.commit(context_bfchw)
-
-    @torch.no_grad()
-    def switch(self, captions: list[str], switch: PromptSwitch, rows: Sequence[int]) -> None:
-        """See `Walk.switch`."""
-        self._walk.switch(self._parent.encode(captions), switch, rows)
 
 
 class _Reading:

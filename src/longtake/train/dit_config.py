@@ -12,6 +12,9 @@ from longtake.train.latents import ClipsPerStep
 from longtake.train.loop import LoopConfig
 from longtake.train.optim import AdamWConfig
 
+ClipKind = Literal["first", "whole", "long", "recall"]
+"""First chunks alone, whole clips, those of several windows, those that ask for recall."""
+
 
 class DiTTrainingConfig(ClipsPerStep):
     """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
@@ -21,6 +24,11 @@ class DiTTrainingConfig(ClipsPerStep):
         "clips",
         description="what it is to predict: the clips themselves, or what the recipe's parent predicts where "
         "it has seen the same of them",
+    )
+    clips_teach: tuple[ClipKind, ...] = Field(
+        (),
+        description="with learns_from=parent: kinds of clips that are learned from as they are all the same, "
+        "such as those that ask a parent without a memory for recall",
     )
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
     first_weight: float = Field(
@@ -108,6 +116,14 @@ class DiTTrainingConfig(ClipsPerStep):
         if any(a <= b for a, b in pairwise((1.0, *sigmas, 0.0))):
             raise ConfigError(
                 f"resampled_sigmas={sigmas} do not fall between 1 and 0", "use for instance [0.8, 0.5]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_parent(self) -> DiTTrainingConfig:
+        if self.clips_teach and self.learns_from == "clips":
+            raise ConfigError(
+                f"clips_teach={self.clips_teach}, but clips teach everything", "set learns_from=parent"
             )
         return self
 

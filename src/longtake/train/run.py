@@ -38,6 +38,7 @@ from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
+from longtake.train.parents import Parent
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.rendering import ClipRenderer, Rendered
@@ -84,7 +85,7 @@ def train(
     """
     recipe.check(stages or recipe.stages, this_machine(recipe.device, memory_gb))
     if recipe.needs_parent(stages or recipe.stages):
-        _parent(recipe)  # refused now rather than after other stages
+        _parent(recipe, "layers" in (stages or recipe.stages))  # refused now rather than after other stages
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
     actions: dict[str, Callable[[], dict[str, float]]] = {
@@ -196,7 +197,7 @@ def _cache_latents(recipe: Recipe, networks: _Networks, out: Path) -> dict[str, 
     digest = weights_digest(encoding)
     caches = {"held_out": recipe.held_out}
     walking: list[ClipsPerStep] = [recipe.first, recipe.windows, recipe.trajectory]
-    if recipe.parent is not None:
+    if recipe.parent is not None and recipe.dit_model.latent is not None:
         walking.append(recipe.layers)
     cached = [stage for stage in walking if not stage.fresh_clips]
     if any(stage.num_first_clips > 0 for stage in cached):
@@ -224,7 +225,9 @@ def _train_dit(
     )
     steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
     rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
-    parent = _parent(recipe).to(recipe.device) if config.learns_from == "parent" else None
+    parent = _parent(recipe) if config.learns_from == "parent" else None
+    if parent is not None:
+        parent.networks.to(recipe.device)
     task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts, parent)
     try:
         return networks.run(stage, task, config, networks.text_to_latents, seconds)
@@ -234,7 +237,8 @@ def _train_dit(
 
 def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     clips = _encoded_clips(recipe, networks, out, recipe.layers)
-    task = LayersTask(networks.text_to_latents, _parent(recipe), recipe.stream.history, recipe.layers, *clips)
+    parent = _parent(recipe, same_memory=True).networks
+    task = LayersTask(networks.text_to_latents, parent, recipe.stream.history, recipe.layers, *clips)
     figures = networks.run("layers", task, recipe.layers, networks.text_to_latents, seconds)
     networks.text_to_latents.requires_grad_(True)
     return figures
@@ -276,19 +280,31 @@ def _train_memory_alone(
     return figures
 
 
-def _parent(recipe: Recipe) -> TextToLatents:
-    """The dense model that is learned from. Raises ConfigError where it is of other sizes."""
+def _parent(recipe: Recipe, same_memory: bool = False) -> Parent:
+    """The dense model that is learned from, with a memory or without unless it must have the same. Raises
+    ConfigError where it is of other sizes or chunks.
+    """
     assert recipe.parent is not None, "checked before"
     card, found = load_networks(resolve_model(recipe.parent))
-    if card.dit != recipe.dit_model.dense() or card.text != recipe.text_model:
+    given, wanted = card.dit, recipe.dit_model.dense()
+    if not same_memory:
+        given, wanted = (model.replace(memory=None) for model in (given, wanted))
+    if given != wanted or card.text != recipe.text_model:
         raise ConfigError(
             f"parent={recipe.parent!r} is of other sizes than the recipe's networks",
-            "give the dense model that was converted",
+            "give the dense model that was converted, or that has learned no memory yet",
+        )
+    history, own = card.stream.history, recipe.stream.history
+    if history.chunk_frames != own.chunk_frames:
+        raise ConfigError(
+            f"parent={recipe.parent!r} has chunks of {history.chunk_frames} frames, the recipe of "
+            f"{own.chunk_frames}",
+            f"set stream.history.chunk_frames={history.chunk_frames}, or give another parent",
         )
     text, dit = found["text"], found["dit"]
     assert isinstance(text, TinyTextEncoder)
     assert isinstance(dit, DiT)
-    return TextToLatents(text, dit).requires_grad_(False)
+    return Parent(TextToLatents(text, dit).requires_grad_(False), history)
 
 
 def _renderer(recipe: Recipe, config: ClipsPerStep) -> ClipRenderer:

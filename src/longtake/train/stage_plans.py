@@ -18,7 +18,7 @@ from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextConfig, TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE, TinyVAEConfig
 from longtake.train.costs import Arithmetic, Cost, text_encoder_cost, vae_cost
-from longtake.train.dit_config import DiTTrainingConfig
+from longtake.train.dit_config import ClipKind, DiTTrainingConfig
 from longtake.train.dit_costs import DiTCosts
 from longtake.train.evictions import EvictionsConfig, evictions_optimizer
 from longtake.train.latents import ClipsPerStep
@@ -193,6 +193,7 @@ def plan_layers(
 class _SparseWalk:
     """Clips of whose chunks some are learned from, at the most."""
 
+    kind: ClipKind
     num_clips: int
     num_chunks: int
     num_learned: int
@@ -204,13 +205,15 @@ def _sparse_walks(sizes: Sizes, config: DiTTrainingConfig) -> list[_SparseWalk]:
     walks = []
     if config.num_long_clips > 0:
         walks.append(
-            _SparseWalk(config.num_long_clips, config.num_long_chunks, config.num_long_learned, _LONG_PROMPTS)
+            _SparseWalk(
+                "long", config.num_long_clips, config.num_long_chunks, config.num_long_learned, _LONG_PROMPTS
+            )
         )
     if config.num_recall_clips > 0:
         num_chunks, num_learned = sizes.recall_chunks(
             config.recall_absence, config.recall_away_chunks, config.recall_learned_share
         )
-        walks.append(_SparseWalk(config.num_recall_clips, num_chunks, num_learned, _RECALL_PROMPTS))
+        walks.append(_SparseWalk("recall", config.num_recall_clips, num_chunks, num_learned, _RECALL_PROMPTS))
     return walks
 
 
@@ -228,15 +231,18 @@ def _sparse_walk(sizes: Sizes, config: DiTTrainingConfig, walk: _SparseWalk, ari
 
 
 def _parents_walks(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic) -> Cost:
-    """What the parent, of the sizes given, sees of everything, without gradients."""
+    """What the parent, of the sizes given, sees of what it teaches, without gradients."""
     costs, cost = sizes.costs(arithmetic), Cost()
-    walks = [(count, chunks, chunks, config.copies_of(chunks), 1) for count, chunks in config.walks]
-    walks += [
-        (walk.num_clips, walk.num_chunks, walk.num_learned, config.num_copies, walk.num_prompts)
-        for walk in _sparse_walks(sizes, config)
+    walks = [
+        _SparseWalk("first" if chunks == 1 else "whole", count, chunks, chunks, 1)
+        for count, chunks in config.walks
     ]
-    for count, num_chunks, num_learned, copies, num_prompts in walks:
-        cost += sizes.text_cost(count, False, arithmetic).repeated(num_prompts)
+    for walk in [*walks, *_sparse_walks(sizes, config)]:
+        if walk.kind in config.clips_teach:
+            continue
+        count, num_chunks, num_learned = walk.num_clips, walk.num_chunks, walk.num_learned
+        copies = config.copies_of(num_chunks)
+        cost += sizes.text_cost(count, False, arithmetic).repeated(walk.num_prompts)
         for chunk in range(num_chunks):
             noisy = 0 if chunk < num_chunks - num_learned else copies * count
             commits = 0 if chunk == num_chunks - 1 else count

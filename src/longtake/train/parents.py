@@ -1,0 +1,65 @@
+"""A frozen parent whose predictions are learned, and its way through the clips.
+
+Legend: b clips, r = copies * b rows, f latent frames, c channels, h/w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.history.base import HistoryConfig
+from longtake.stream.state import PromptSwitch
+from longtake.train.networks import TextToLatents
+from longtake.train.walk import Walk
+
+
+@dataclass(frozen=True)
+class Parent:
+    """Who teaches, and over what past: its own window, memory and positions, whatever the learner's are.
+
+    Attributes:
+        networks: never changed.
+        history: its chunks are the learner's.
+    """
+
+    networks: TextToLatents
+    history: HistoryConfig
+
+
+class ParentsWalk:
+    """The parent's way through the same clips, over a history of its own.
+
+    Args:
+        parent: who walks.
+        captions: one per clip.
+        num_clips: b.
+        height: of the latents.
+        width: of the latents.
+    """
+
+    def __init__(self, parent: Parent, captions: list[str], num_clips: int, height: int, width: int) -> None:
+        self._networks = parent.networks
+        with torch.no_grad():
+            text = self._networks.encode(captions)
+        self._walk = Walk(self._networks.dit, parent.history, text, num_clips, height, width)
+
+    @torch.no_grad()
+    def predict(self, noisy_rfchw: Tensor, sigma_r: Tensor, context_bfchw: Tensor | None) -> Tensor:
+        """See `Walk.predict`, and `Walk.advance` where there is a context."""
+        if context_bfchw is None:
+            return self._walk.predict(noisy_rfchw, sigma_r)
+        return self._walk.advance(noisy_rfchw, sigma_r, context_bfchw)
+
+    @torch.no_grad()
+    def commit(self, context_bfchw: Tensor) -> None:
+        """See `Walk.commit`."""
+        self._walk.commit(context_bfchw)
+
+    @torch.no_grad()
+    def switch(self, captions: list[str], switch: PromptSwitch, rows: Sequence[int]) -> None:
+        """See `Walk.switch`."""
+        self._walk.switch(self._networks.encode(captions), switch, rows)
