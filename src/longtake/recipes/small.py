@@ -263,7 +263,7 @@ def tiny_latent() -> Recipe:
 
 
 def tiny_memory_latent() -> Recipe:
-    """The small model with both, a memory beside latent attention: first `longtake convert` what `tiny-memory`
+    """The small model with both, a memory beside latents: first `longtake convert` what `tiny-memory`
     made; this mends what that lost, with the dense model of the same memory to learn from.
     """
     dense, latent = tiny_memory(), tiny_latent()
