@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
-from longtake.eval.policies import with_policy
+from longtake.eval.policies import apart, with_policy
 from longtake.eval.recall import PNG_NAME, SUMMARY_NAME, run_recall
 from longtake.eval.recall_records import PLACE_PX, RecallConfig, RecallRecord, scenes_of
 from longtake.eval.recall_summary import AbsenceFigures, RecallSummary, summarize
 from longtake.eval.recall_videos import ModelVideos, TruthVideos
 from longtake.eval.script import Chunking
 from longtake.eval.source import TruthSource
-from longtake.history.compression import AverageConfig
+from longtake.history.compression import AverageConfig, PooledConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.retention import KeyFramesConfig, MostAttendedConfig
@@ -286,6 +286,22 @@ def test_swapped_memories_change_what_comes_after_and_nothing_before() -> None:
         ModelVideos(small_pipeline(), "tiny", "swapped", keep, swaps=True)
     with pytest.raises(EvalError, match="leaves nothing of what was swapped"):
         ModelVideos(pipeline, "tiny", "swapped", PromptSwitch(text="", memory="rebuild"), swaps=True)
+
+
+def test_policies_between_commas() -> None:
+    """Settings and what stands in brackets have commas of their own."""
+    bands = '[{"num_entries": 2, "pool": [1, 3]}, {"num_entries": 1, "num_frames": 4, "pool": [2, 3]}]'
+    texts = [
+        "own",
+        "key_frames:stride=4,num_frames=2",
+        "average:decays=[0.9,0.5]",
+        f"pooled:num_ids=1,bands={bands}",
+    ]
+    assert apart(",".join(texts)) == texts
+    assert apart("own,") == ["own"]
+    pooled = with_policy(small_pipeline(policy=EvolvingConfig()), texts[-1]).config.history.policy
+    assert isinstance(pooled, PooledConfig)
+    assert [band.pool for band in pooled.bands] == [(1, 3), (2, 3)]
 
 
 def test_policies_by_name() -> None:

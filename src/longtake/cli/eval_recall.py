@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -52,15 +51,10 @@ class Arguments(Config):
     window: Literal["reencode", "keep"] = "reencode"
 
 
-def _apart(policies: Sequence[str]) -> list[str]:
-    """One each where several are written with commas between them, which settings have too."""
-    return [text for several in policies for text in re.split(r",(?!\w+=)(?![^\[]*\])", several) if text]
-
-
 def run(arguments: Arguments) -> int:
     """Test; returns the exit code."""
     from longtake.eval.model import chunking_of
-    from longtake.eval.policies import SWAPPED, with_policy
+    from longtake.eval.policies import SWAPPED, apart, with_policy
     from longtake.eval.recall import run_recall
     from longtake.eval.recall_records import RecallConfig
     from longtake.eval.recall_videos import ModelVideos, RecallVideos, TruthVideos
@@ -73,7 +67,7 @@ def run(arguments: Arguments) -> int:
     memory = model.pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
     switch = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
     sources: list[RecallVideos] = []
-    for text in _apart(arguments.policies):
+    for text in (text for several in arguments.policies for text in apart(several)):
         name, at, path = text.partition("@")
         swaps = name == SWAPPED
         used = load_model(path) if at else model

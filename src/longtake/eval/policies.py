@@ -65,6 +65,19 @@ def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
     return pipeline.with_history(changed)
 
 
+def apart(policies: str) -> list[str]:
+    """One each where several policies are written with commas between them, which settings and their values
+    have too.
+    """
+    found, start, depth = [], 0, 0
+    for place, sign in enumerate(policies):
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0 and re.match(r"\w+=", policies[place + 1 :]) is None:
+            found.append(policies[start:place])
+            start = place + 1
+    return [text for text in (*found, policies[start:]) if text]
+
+
 def _check_room(pipeline: Pipeline, history: HistoryConfig, text: str) -> None:
     """Refuses what needs ids that the model was not trained with, unless they are asked for."""
     grid = pipeline.dit.token_grid(*pipeline.latent_shape[2:])

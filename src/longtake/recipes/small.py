@@ -164,7 +164,7 @@ def tiny_memory() -> Recipe:
     the whole network. What that gives and what it costs is in docs/experiments.md, sections 20 and 21.
     """
     plain = tiny()
-    readers = (0, 1, 2, 4, 7)  # the other layers hardly need it
+    readers = (0, 1, 4, 7)  # the other layers hardly need it
     windows = plain.windows
     return plain.replace(
         name="tiny-memory",
