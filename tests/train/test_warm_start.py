@@ -1,17 +1,23 @@
 """Weights of a model's former size in its present one."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from longtake.errors import CheckpointError
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
+from longtake.stream.bundle import load_networks, save_model
+from longtake.train.recipe import Recipe
+from longtake.train.run import _Networks
 from longtake.train.walk import Walk
-from longtake.train.warm_start import warm_start
-from toy_training import DIT, TEXT, VAE
+from longtake.train.warm_start import of_readers, warm_start
+from toy_training import DIT, MEMORY, REMEMBERING, TEXT, VAE, recipe
 
 
 @torch.no_grad()
@@ -101,3 +107,38 @@ def test_other_differences_are_refused() -> None:
         warm_start(DiT(DIT), DiT(DIT.replace(cross_attention_layers="all")).state_dict(), "old")
     with pytest.raises(CheckpointError, match="old does not fit.*missing: blocks.0.norm3"):
         warm_start(DiT(DIT), DiT(DIT.replace(cross_attention_layers=(1,))).state_dict(), "old")
+
+
+@torch.no_grad()
+def test_fewer_layers_go_on_reading_a_memory_as_they_did(tmp_path: Path) -> None:
+    """Each layer that goes on has the reading that it had."""
+    torch.manual_seed(0)
+    made = recipe()
+
+    def read_by(*layers: int) -> Recipe:
+        history = REMEMBERING.replace(policy=EvolvingConfig(read_layers=layers))
+        memory = MEMORY.replace(num_readings=len(layers))
+        return made.replace(dit_model=DIT.replace(memory=memory), stream=made.stream.replace(history=history))
+
+    both, path = read_by(0, 1), tmp_path / "both.safetensors"
+    networks = {"vae": TinyVAE(VAE), "text": TinyTextEncoder(TEXT), "dit": DiT(both.dit_model)}
+    save_model(path, both.card, networks)
+    before = load_networks(path)[1]["dit"]
+    assert isinstance(before, DiT)
+    assert before.memory is not None
+    state = torch.randn(1, 1, 24)
+    readings = before.memory.read(state)
+    for layers in ((0, 1), (1,), (0,)):
+        started = _Networks(read_by(*layers).replace(warm_start=str(path)), tmp_path / "run")
+        assert started.remembers
+        after = started.text_to_latents.dit.memory
+        assert after is not None
+        for layer, reading in zip(layers, after.read(state), strict=True):
+            for name, tensor in reading.items():
+                torch.testing.assert_close(tensor, readings[layer][name])
+
+
+def test_other_readers_are_no_part_of_the_old_ones() -> None:
+    weights = {"memory.to_k.weight": torch.randn(4, 2), "blocks.0.ffn.0.weight": torch.randn(2, 2)}
+    assert of_readers(weights, (0, 1), (0, 2)) is weights
+    assert of_readers(weights, (0, 1), (1, 0)) is weights

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from longtake.errors import ConfigError, TrainingError
+from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
@@ -46,7 +48,7 @@ from longtake.train.samples import SampleRollouts
 from longtake.train.steps import Steps, StepSources
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
-from longtake.train.warm_start import warm_start
+from longtake.train.warm_start import of_readers, warm_start
 from longtake.world import VERSION
 
 StageSettings = (
@@ -120,11 +122,15 @@ class _Networks:
         for module in (self.vae, self.text_to_latents):
             module.to(recipe.device)
         if recipe.warm_start is not None:
-            _, start = load_networks(resolve_model(recipe.warm_start))
+            card, start = load_networks(resolve_model(recipe.warm_start))
             warm_start(self.vae, start["vae"].state_dict(), recipe.warm_start)
             warm_start(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
-            warm_start(self.text_to_latents.dit, start["dit"].state_dict(), recipe.warm_start)
-            self.remembers = any(name.startswith("memory.") for name in start["dit"].state_dict())
+            weights: Mapping[str, Tensor] = start["dit"].state_dict()
+            self.remembers = any(name.startswith("memory.") for name in weights)
+            readers = [_readers(model.stream.history) for model in (card, recipe)]
+            if card.dit.memory is not None and card.dit.memory.num_readings == len(readers[0]):
+                weights = of_readers(weights, *readers)
+            warm_start(self.text_to_latents.dit, weights, recipe.warm_start)
         self._warm = recipe.warm_start is not None
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
@@ -305,6 +311,12 @@ def _parent(recipe: Recipe, same_memory: bool = False) -> Parent:
     assert isinstance(text, TinyTextEncoder)
     assert isinstance(dit, DiT)
     return Parent(TextToLatents(text, dit).requires_grad_(False), history)
+
+
+def _readers(history: HistoryConfig) -> tuple[int, ...]:
+    """The layers that a memory's readings are for, where they are named."""
+    policy = history.policy
+    return policy.read_layers if isinstance(policy, EvolvingConfig) and policy.read_layers != "all" else ()
 
 
 def _renderer(recipe: Recipe, config: ClipsPerStep) -> ClipRenderer:

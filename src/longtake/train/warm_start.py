@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,28 @@ def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     load_into(module, adapted, source)
 
 
+def of_readers(
+    weights: Mapping[str, Tensor], given: Sequence[int], wanted: Sequence[int]
+) -> Mapping[str, Tensor]:
+    """A DiT's weights, with those of its memory's readings that fewer layers keep.
+
+    Args:
+        weights: of a DiT whose memory has a reading for each layer that reads it, or any other.
+        given: these layers.
+        wanted: those that go on reading; layers that never did leave the weights as they are.
+    """
+    if len(wanted) == len(given) or not set(wanted) <= set(given):
+        return weights
+    places = [list(given).index(layer) for layer in wanted]
+    return {
+        name: torch.cat([tensor.chunk(len(given))[place] for place in places])
+        if name.startswith(_READINGS)
+        else tensor
+        for name, tensor in weights.items()
+    }
+
+
+_READINGS = ("memory.to_k.", "memory.to_v.", "memory.to_c.", "memory.to_k_rope.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _OUTPUTS = ("self_attn.o.", "cross_attn.o.", "ffn.2.")
 _CROSS_ATTENTION = ("norm3.", "cross_attn.")
