@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
-from longtake.eval.policies import apart, with_policy
+from longtake.eval.policies import apart, short_name, with_policy
 from longtake.eval.recall import PNG_NAME, SUMMARY_NAME, run_recall
 from longtake.eval.recall_records import PLACE_PX, RecallConfig, RecallRecord, scenes_of
 from longtake.eval.recall_summary import AbsenceFigures, RecallSummary, summarize
@@ -299,6 +299,12 @@ def test_policies_between_commas() -> None:
     ]
     assert apart(",".join(texts)) == texts
     assert apart("own,") == ["own"]
+    assert [short_name(text) for text in texts[:3]] == [
+        "own",
+        "key_frames-stride-28a695",
+        "average-decays-0.9-0.5",
+    ]
+    assert len({short_name(f"{texts[-1]}{number}") for number in range(9)}) == 9
     pooled = with_policy(small_pipeline(policy=EvolvingConfig()), texts[-1]).config.history.policy
     assert isinstance(pooled, PooledConfig)
     assert [band.pool for band in pooled.bands] == [(1, 3), (2, 3)]

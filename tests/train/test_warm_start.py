@@ -138,7 +138,17 @@ def test_fewer_layers_go_on_reading_a_memory_as_they_did(tmp_path: Path) -> None
                 torch.testing.assert_close(tensor, readings[layer][name])
 
 
+@torch.no_grad()
+def test_a_network_without_a_memory_leaves_it_behind() -> None:
+    torch.manual_seed(0)
+    old, new = DiT(DIT.replace(memory=MEMORY)), DiT(DIT)
+    warm_start(new, old.state_dict(), "old")
+    given = old.state_dict()
+    assert all(torch.equal(tensor, given[name]) for name, tensor in new.state_dict().items())
+
+
 def test_other_readers_are_no_part_of_the_old_ones() -> None:
     weights = {"memory.to_k.weight": torch.randn(4, 2), "blocks.0.ffn.0.weight": torch.randn(2, 2)}
     assert of_readers(weights, (0, 1), (0, 2)) is weights
     assert of_readers(weights, (0, 1), (1, 0)) is weights
+    assert of_readers(weights, (0, 1), ()) is weights

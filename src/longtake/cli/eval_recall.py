@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Literal
 
@@ -54,7 +53,7 @@ class Arguments(Config):
 def run(arguments: Arguments) -> int:
     """Test; returns the exit code."""
     from longtake.eval.model import chunking_of
-    from longtake.eval.policies import SWAPPED, apart, with_policy
+    from longtake.eval.policies import SWAPPED, apart, short_name, with_policy
     from longtake.eval.recall import run_recall
     from longtake.eval.recall_records import RecallConfig
     from longtake.eval.recall_videos import ModelVideos, RecallVideos, TruthVideos
@@ -72,8 +71,7 @@ def run(arguments: Arguments) -> int:
         swaps = name == SWAPPED
         used = load_model(path) if at else model
         pipeline = used.pipeline if at else with_policy(used.pipeline, text)
-        name = re.sub(r"[^\w.]+", "-", name)  # it names files
-        sources.append(ModelVideos(pipeline, used.card.name, name, switch, swaps=swaps))
+        sources.append(ModelVideos(pipeline, used.card.name, short_name(name), switch, swaps=swaps))
     size = (model.pipeline.config.height, model.pipeline.config.width)
     sources.append(TruthVideos(TruthSource(3, *size, chunking_of(model.pipeline))))
     make_directory(arguments.out)

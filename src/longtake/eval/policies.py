@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from typing import Final
@@ -15,6 +16,7 @@ from longtake.stream.pipeline import Pipeline
 
 OWN: Final = "own"
 SWAPPED: Final = "swapped"
+_NAME_LENGTH: Final = 24
 _KEEPS_FRAMES: Final = ("key_frames", "most_attended")
 
 
@@ -76,6 +78,16 @@ def apart(policies: str) -> list[str]:
             found.append(policies[start:place])
             start = place + 1
     return [text for text in (*found, policies[start:]) if text]
+
+
+def short_name(policy: str) -> str:
+    """What a policy is called in tables and files: letters, digits, dashes; a long one by its beginning and a
+    digest of all.
+    """
+    name = re.sub(r"[^\w.]+", "-", policy).strip("-")
+    if len(name) <= _NAME_LENGTH:
+        return name
+    return f"{name[: _NAME_LENGTH - 7]}-{hashlib.sha256(policy.encode()).hexdigest()[:6]}"
 
 
 def _check_room(pipeline: Pipeline, history: HistoryConfig, text: str) -> None:

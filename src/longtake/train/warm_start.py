@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from longtake.io.checkpoints import load_into
 
+_MEMORY = "memory."
 _ADDED = (
     "decoder.middle_mix.",
     "decoder.fine_mix.",
@@ -18,7 +19,7 @@ _ADDED = (
     "decoder.carry.",
     "decoder.details.",
     "frame_embedding.",
-    "memory.",
+    _MEMORY,
 )
 """Layers that add to what goes past them, or to what is read, and may start as they are."""
 _LONGER = ("position",)
@@ -29,7 +30,8 @@ _RESIZED = ("spatial_embedding.weight",)
 
 def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load weights into a module that may have grown: longer prompts, another token grid, finer time mixing,
-    carried pixels, details, a memory, more blocks, cross-attention in more of them.
+    carried pixels, details, a memory, more blocks, cross-attention in more of them. A memory that it has no
+    place for is left behind, as policies need it that are to be compared with one.
 
     Blocks are spread evenly over the larger number. A new one, or a new cross-attention, is a copy of the
     last before it that adds nothing yet: its output projections are zero, so a deeper network starts as
@@ -43,9 +45,12 @@ def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     Raises:
         CheckpointError: a difference that is no growth of these kinds.
     """
+    expected = module.state_dict()
+    if not any(name.startswith(_MEMORY) for name in expected):
+        weights = {name: tensor for name, tensor in weights.items() if not name.startswith(_MEMORY)}
     weights = _deepened(module, weights)
     adapted = dict(weights)
-    for name, own in module.state_dict().items():
+    for name, own in expected.items():
         given = weights.get(name)
         if given is None:
             if name.startswith(_ADDED):
@@ -71,7 +76,7 @@ def of_readers(
         given: these layers.
         wanted: those that go on reading; layers that never did leave the weights as they are.
     """
-    if len(wanted) == len(given) or not set(wanted) <= set(given):
+    if not wanted or len(wanted) == len(given) or not set(wanted) <= set(given):
         return weights
     places = [list(given).index(layer) for layer in wanted]
     return {
