@@ -23,7 +23,7 @@ class Linear:
 
     def __call__(self, x_nw: Tensor) -> Tensor:
         """``[n, m]``."""
-        return x_nw @ self.weight.T + self.bias
+        return torch.addmm(self.bias, x_nw, self.weight.T)
 
 
 @dataclass(frozen=True)

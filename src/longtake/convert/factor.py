@@ -19,6 +19,7 @@ from longtake.convert.dense import Linear
 
 _RIDGE = 1e-4
 """Of the mean variance of tokens: what directions that no sample shows count as."""
+_BLOCK = 2048
 _ANCHORS = (0.0, 1.0, 4.0)
 
 
@@ -105,8 +106,8 @@ class Target:
     def error(self, found_nm: Tensor, x_nw: Tensor, tokens: Tokens) -> float:
         """Of what was found for some tokens, as a share of that of their mean."""
         wanted_nm, mean_m = self.exact(x_nw), self.linear(tokens.mean_w[None])[0]
-        lost = ((found_nm - wanted_nm) @ self.metric_mm.T).square().sum()
-        there = ((wanted_nm - mean_m) @ self.metric_mm.T).square().sum()
+        lost = _weighed(found_nm, wanted_nm, self.metric_mm)
+        there = _weighed(mean_m.expand_as(wanted_nm), wanted_nm, self.metric_mm)
         return float(lost / there.clamp_min(1e-30))
 
 
@@ -160,7 +161,7 @@ class LowRank:
         wanted_nm = target.exact(judged_nw) - mean_m
         made = (target.linear(judged_nw) - mean_m) @ to_directions
         gains = (made * (2 * (wanted_nm @ to_directions) - made)).sum(0)
-        there = (wanted_nm @ target.metric_mm.T).square().sum()
+        there = _weighed(torch.zeros(()).double().expand_as(wanted_nm), wanted_nm, target.metric_mm)
         return tuple((gains / there.clamp_min(1e-30)).tolist())
 
     def factors(self, rank: int, eps: float) -> Factors:
@@ -181,8 +182,8 @@ class LowRank:
         found = []
         for anchor in _ANCHORS if rank > 1 else _ANCHORS[:1]:
             factors = _refitted(self._anchored(rank, anchor), samples_nw, wanted_nm, eps)
-            lost = (factors(samples_nw, eps) - wanted_nm) @ self._target.metric_mm.T
-            found.append((float(lost.square().sum()), factors))
+            lost = _weighed(factors(samples_nw, eps), wanted_nm, self._target.metric_mm)
+            found.append((float(lost), factors))
         return min(found, key=lambda each: each[0])[1]
 
     def _anchored(self, rank: int, anchor: float) -> Factors:
@@ -215,8 +216,19 @@ def _refitted(factors: Factors, samples_nw: Tensor, wanted_nm: Tensor, eps: floa
     centred = latent - mean_r
     gram = centred.T @ centred
     gram += 1e-9 * gram.diagonal().mean() * torch.eye(len(gram)).double()
-    weight = torch.linalg.solve(gram, centred.T @ (wanted_nm - mean_m)).T
+    weight = torch.linalg.solve(gram, centred.T @ wanted_nm).T  # what is centred needs no other that is
     return Factors(factors.down, factors.gain_r, Linear(weight, mean_m - weight @ mean_r))
+
+
+def _weighed(found_nm: Tensor, wanted_nm: Tensor, metric_mm: Tensor) -> Tensor:
+    """The sum of squared errors under a metric, a block of tokens at a time: a large network's targets are
+    hundreds of megabytes, and there would be several of them.
+    """
+    total = torch.zeros(()).double()
+    for first in range(0, len(wanted_nm), _BLOCK):
+        block = slice(first, first + _BLOCK)
+        total += ((found_nm[block] - wanted_nm[block]) @ metric_mm.T).square().sum()
+    return total
 
 
 def root_of(second_moment: Tensor) -> Tensor:

@@ -174,11 +174,21 @@ class _Parts:
             key_nhd = self._key_nhd = dense.keys(samples)
             keys = _as_heads(tokens.fit(key_nhd.flatten(1)), heads)
         self.turns_hp = self._share_keys(keys, tokens)
-        query = self._latent_queries(queries)
-        self.query = Target(query, self._exact_queries, torch.eye(len(query.bias)).double())
-        self.content = Target(
-            _joined(self._nope(keys), values), self._exact_content, self._metric(value_moment_hdd)
-        )
+        self._key_nhd = None
+        self._query, self._content = self._latent_queries(queries), _joined(self._nope(keys), values)
+        self._content_metric = self._metric(value_moment_hdd)
+
+    # Not kept: targets that hold a method of what holds them would outlive it, at half a gigabyte a layer.
+
+    @property
+    def query(self) -> Target:
+        """Queries, as they meet the shared key."""
+        return Target(self._query, self._exact_queries, torch.eye(len(self._query.bias)).double())
+
+    @property
+    def content(self) -> Target:
+        """Keys without positions, and values."""
+        return Target(self._content, self._exact_content, self._content_metric)
 
     def _exact_content(self, x_nw: Tensor) -> Tensor:
         """Keys without positions of all heads, then values."""
