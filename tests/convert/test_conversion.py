@@ -212,8 +212,8 @@ def test_what_is_held_out_is_of_other_streams() -> None:
 
 
 def test_nothing_of_a_converted_layer_stays() -> None:
-    """At Wan2.1-1.3B's size what is computed on the way is half a gigabyte: it goes when the layer is done, not
-    when cycles are collected.
+    """At Wan2.1-1.3B's size what is computed on the way is half a gigabyte: it goes with the layer, not when
+    cycles are collected.
     """
     dense, tokens = dense_layer(), Tokens.sampled(sampled())
     gone = weakref.ref(dense), weakref.ref(tokens)
