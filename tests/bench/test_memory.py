@@ -74,15 +74,15 @@ def test_readers_are_spread_and_hold_the_last_layer() -> None:
 
 
 def test_a_models_own_memory_is_scaled_and_its_bar_is_of_that(tmp_path: Path) -> None:
-    """The small recipe's memory: one frame, read with keys of their own by five of eight layers."""
+    """The small recipe's memory: one frame, read with keys of their own by four of eight layers."""
     made = get_recipe("tiny-memory")
     policy = made.stream.history.policy
     assert isinstance(policy, EvolvingConfig)
     setting = MemorySetting.like(made.dit_model, policy, (4, 4))
     assert setting == MemorySetting(
-        num_frames=1, num_layers=1, ffn_ratio=1, num_readers=19, attends="cell", own_readings=True
+        num_frames=1, num_layers=1, ffn_ratio=1, num_readers=15, attends="cell", own_readings=True
     )
-    assert setting.encoder(WAN_1_3B, (30, 52)).num_readings == 19
+    assert setting.encoder(WAN_1_3B, (30, 52)).num_readings == 15
     assert MemorySetting.like(made.dit_model, EvolvingConfig(), (8, 8)).token_share == 0.5
     pipeline = with_memory(small_pipeline(), MemorySetting(num_frames=1, num_readers=1))
     report = run_memory_bench(MemoryBenchConfig(num_pairs=3), pipeline, "small", lambda line: None)
