@@ -79,7 +79,7 @@ def test_chunks_that_are_only_committed_are_in_the_parents_past_too() -> None:
     module = networks()
     made = task(module, copy.deepcopy(module))
     clips: Clips = made.held_out
-    results = made._walk(clips, 3, "whole", 1.0, Noise(0, torch.device("cpu")), learned=(False, False, True))
+    results = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), learned=(False, False, True))
     assert len(results) == 1
     assert float(results[0][0].detach()) == pytest.approx(0, abs=1e-9)
 
@@ -97,7 +97,7 @@ def test_a_parent_without_a_memory_teaches_all_but_recall() -> None:
 
     def error(kind: ClipKind, made: DiTTask) -> float:
         with torch.no_grad():
-            return float(made._walk(clips, 2, kind, 1.0, Noise(0, noise))[-1][0])
+            return float(made._walk(clips, 2, 1.0, Noise(0, noise), kind=kind)[-1][0])
 
     assert error("whole", whole) == pytest.approx(0, abs=1e-9)
     taught = task(memory, parent, CONFIG.replace(clips_teach=("recall",)))

@@ -92,12 +92,12 @@ class DiTTask:
         weights: list[float] = []
         for clips, num_chunks in drawn.walks:
             kind: ClipKind = "first" if num_chunks == 1 else "whole"
-            parts += self._walk(clips, num_chunks, kind, weight, noise)
+            parts += self._walk(clips, num_chunks, weight, noise, kind=kind)
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
         if drawn.long is not None:
             late = self._walk(
-                drawn.long.clips, len(drawn.long.learned), "long", weight, noise, drawn.long.learned
+                drawn.long.clips, len(drawn.long.learned), weight, noise, drawn.long.learned, kind="long"
             )
             parts += late
             prompts += [text for of_clip in drawn.long.clips.prompts for _, text in of_clip]
@@ -106,7 +106,7 @@ class DiTTask:
             batch = drawn.recall
             reading = MemoryReading(batch, self._memory_probe, self.networks.dit.config.patch_size[-1])
             asked = self._walk(
-                batch.clips, len(batch.learned), "recall", weight, noise, batch.learned, reading
+                batch.clips, len(batch.learned), weight, noise, batch.learned, reading, kind="recall"
             )
             parts += asked
             weights += [
@@ -141,11 +141,12 @@ class DiTTask:
         self,
         clips: Clips,
         num_chunks: int,
-        kind: ClipKind,
         foreground_weight: float,
         noise: Noise,
         learned: Sequence[bool] | None = None,
         recall: MemoryReading | None = None,
+        *,
+        kind: ClipKind = "whole",
     ) -> list[_Errors]:
         """The errors of every chunk of the clips, or of those that are learned; the others are committed."""
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
