@@ -21,9 +21,8 @@ from longtake.train.dit import DiTTask
 from longtake.train.dit_config import ClipKind, DiTTrainingConfig
 from longtake.train.latents import Clips
 from longtake.train.networks import TextToLatents
-from longtake.train.parents import Parent
+from longtake.train.parents import Parent, load_parent
 from longtake.train.plan import Machine
-from longtake.train.run import _parent
 from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Noise
 from toy_training import DIT, HISTORY, MEMORY, REMEMBERING, loop, networks, recipe
@@ -123,9 +122,9 @@ def test_a_parent_is_of_the_same_sizes_and_chunks(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         save_model(path, given.card, parts)
         for learner in (made, remembering):
-            assert _parent(learner.replace(parent=str(path))).history == given.stream.history
+            assert load_parent(learner.replace(parent=str(path))).history == given.stream.history
     with pytest.raises(ConfigError, match="is of other sizes"):
-        _parent(made.replace(parent=str(tmp_path / "remembering.safetensors")), same_memory=True)
+        load_parent(made.replace(parent=str(tmp_path / "remembering.safetensors")), same_memory=True)
     history = HISTORY.replace(window_frames=4, chunk_frames=1)
     other = made.replace(
         parent=str(tmp_path / "plain.safetensors"),
@@ -136,7 +135,7 @@ def test_a_parent_is_of_the_same_sizes_and_chunks(tmp_path: Path) -> None:
         },
     )
     with pytest.raises(ConfigError, match="has chunks of 2 frames, the recipe of 1"):
-        _parent(other)
+        load_parent(other)
 
 
 def test_the_parent_is_planned() -> None:

@@ -11,9 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
+from longtake.models.dit import DiT
+from longtake.models.tiny_text import TinyTextEncoder
+from longtake.stream.bundle import load_networks, resolve_model
 from longtake.stream.state import PromptSwitch
 from longtake.train.networks import TextToLatents
+from longtake.train.recipe import Recipe
 from longtake.train.walk import Walk
 
 
@@ -28,6 +33,33 @@ class Parent:
 
     networks: TextToLatents
     history: HistoryConfig
+
+
+def load_parent(recipe: Recipe, same_memory: bool = False) -> Parent:
+    """The dense model that is learned from, with a memory or without unless it must have the same. Raises
+    ConfigError where it is of other sizes or chunks.
+    """
+    assert recipe.parent is not None, "checked before"
+    card, found = load_networks(resolve_model(recipe.parent))
+    given, wanted = card.dit, recipe.dit_model.dense()
+    if not same_memory:
+        given, wanted = (model.replace(memory=None) for model in (given, wanted))
+    if given != wanted or card.text != recipe.text_model:
+        raise ConfigError(
+            f"parent={recipe.parent!r} is of other sizes than the recipe's networks",
+            "give the dense model that was converted, or that has learned no memory yet",
+        )
+    history, own = card.stream.history, recipe.stream.history
+    if history.chunk_frames != own.chunk_frames:
+        raise ConfigError(
+            f"parent={recipe.parent!r} has chunks of {history.chunk_frames} frames, the recipe of "
+            f"{own.chunk_frames}",
+            f"set stream.history.chunk_frames={history.chunk_frames}, or give another parent",
+        )
+    text, dit = found["text"], found["dit"]
+    assert isinstance(text, TinyTextEncoder)
+    assert isinstance(dit, DiT)
+    return Parent(TextToLatents(text, dit).requires_grad_(False), history)
 
 
 class ParentsWalk:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from longtake.errors import ConfigError, TrainingError
+from longtake.errors import TrainingError
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
@@ -40,7 +40,7 @@ from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
-from longtake.train.parents import Parent
+from longtake.train.parents import load_parent
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.rendering import ClipRenderer, Rendered
@@ -87,7 +87,9 @@ def train(
     """
     recipe.check(stages or recipe.stages, this_machine(recipe.device, memory_gb))
     if recipe.needs_parent(stages or recipe.stages):
-        _parent(recipe, "layers" in (stages or recipe.stages))  # refused now rather than after other stages
+        load_parent(
+            recipe, "layers" in (stages or recipe.stages)
+        )  # refused now rather than after other stages
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
     actions: dict[str, Callable[[], dict[str, float]]] = {
@@ -231,7 +233,7 @@ def _train_dit(
     )
     steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
     rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
-    parent = _parent(recipe) if config.learns_from == "parent" else None
+    parent = load_parent(recipe) if config.learns_from == "parent" else None
     if parent is not None:
         parent.networks.to(recipe.device)
     task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts, parent)
@@ -243,7 +245,7 @@ def _train_dit(
 
 def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     clips = _encoded_clips(recipe, networks, out, recipe.layers)
-    parent = _parent(recipe, same_memory=True).networks
+    parent = load_parent(recipe, same_memory=True).networks
     task = LayersTask(networks.text_to_latents, parent, recipe.stream.history, recipe.layers, *clips)
     figures = networks.run("layers", task, recipe.layers, networks.text_to_latents, seconds)
     networks.text_to_latents.requires_grad_(True)
@@ -284,33 +286,6 @@ def _train_memory_alone(
     figures = networks.run("evictions", task, config, module, seconds)
     module.requires_grad_(True)
     return figures
-
-
-def _parent(recipe: Recipe, same_memory: bool = False) -> Parent:
-    """The dense model that is learned from, with a memory or without unless it must have the same. Raises
-    ConfigError where it is of other sizes or chunks.
-    """
-    assert recipe.parent is not None, "checked before"
-    card, found = load_networks(resolve_model(recipe.parent))
-    given, wanted = card.dit, recipe.dit_model.dense()
-    if not same_memory:
-        given, wanted = (model.replace(memory=None) for model in (given, wanted))
-    if given != wanted or card.text != recipe.text_model:
-        raise ConfigError(
-            f"parent={recipe.parent!r} is of other sizes than the recipe's networks",
-            "give the dense model that was converted, or that has learned no memory yet",
-        )
-    history, own = card.stream.history, recipe.stream.history
-    if history.chunk_frames != own.chunk_frames:
-        raise ConfigError(
-            f"parent={recipe.parent!r} has chunks of {history.chunk_frames} frames, the recipe of "
-            f"{own.chunk_frames}",
-            f"set stream.history.chunk_frames={history.chunk_frames}, or give another parent",
-        )
-    text, dit = found["text"], found["dit"]
-    assert isinstance(text, TinyTextEncoder)
-    assert isinstance(dit, DiT)
-    return Parent(TextToLatents(text, dit).requires_grad_(False), history)
 
 
 def _readers(history: HistoryConfig) -> tuple[int, ...]:
