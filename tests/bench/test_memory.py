@@ -75,7 +75,7 @@ def test_readers_are_spread_and_hold_the_last_layer() -> None:
 
 def test_a_models_own_memory_is_scaled_and_its_bar_is_of_that(tmp_path: Path) -> None:
     """The small recipe's memory: one frame, read with keys of their own by four of eight layers."""
-    made = get_recipe("tiny-memory")
+    made = get_recipe("tiny")
     policy = made.stream.history.policy
     assert isinstance(policy, EvolvingConfig)
     setting = MemorySetting.like(made.dit_model, policy, (4, 4))

@@ -106,7 +106,7 @@ def test_a_parent_without_a_memory_teaches_all_but_recall() -> None:
 
 
 def test_clips_that_teach_anyway_are_refused() -> None:
-    with pytest.raises(ConfigError, match="set learns_from=parent"):
+    with pytest.raises(ConfigError, match="set learns_from=parent or start"):
         DiTTrainingConfig(clips_teach=("recall",))
 
 

@@ -14,6 +14,7 @@ from longtake.eval.script import Chunking
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
+from longtake.io.checkpoints import read_safetensors
 from longtake.stream.bundle import load_model
 from longtake.stream.session import Stream
 from longtake.train.dit import DiTTask
@@ -23,7 +24,7 @@ from longtake.train.plan import Machine
 from longtake.train.probes import MemoryReading
 from longtake.train.recall import RecallSource, longest_chunks
 from longtake.train.recipe import Recipe
-from longtake.train.run import train
+from longtake.train.run import _Networks, _parent, train
 from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Noise, Walk
 from longtake.world import parse_caption
@@ -275,6 +276,23 @@ def test_the_stage_trains_the_memory_and_exports_a_model_that_streams_with_it(tm
     train(made, stopped)
     for name in ("memory/weights.safetensors", "toy.safetensors"):
         assert (tmp_path / name).read_bytes() == (stopped / name).read_bytes()
+
+
+def test_what_was_known_before_the_stage_teaches_also_when_it_is_run_again(tmp_path: Path) -> None:
+    """Not what the stage itself has left since, and without a memory."""
+    made = remembering(learns_from="start", clips_teach=("recall",))
+    made = made.replace(stages=("vae", "latents", "windows", "memory", "export"))
+    train(made, tmp_path)
+    left = read_safetensors(tmp_path / "windows" / "weights.safetensors")[0]
+    learned = _Networks(made, tmp_path)
+    parent = _parent(made, learned, "memory", made.memory)
+    assert parent is not None
+    assert parent.history == REMEMBERING.replace(policy=EvolvingConfig(mode="off"))
+    assert all(torch.equal(tensor, left[name]) for name, tensor in parent.networks.state_dict().items())
+    newest = learned.text_to_latents.state_dict()
+    assert any(not torch.equal(tensor, newest[name]) for name, tensor in left.items())
+    assert all(not parameter.requires_grad for parameter in parent.networks.parameters())
+    assert all(parameter.requires_grad for parameter in learned.text_to_latents.parameters())
 
 
 def test_flops_of_a_memory_are_counted() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from longtake.errors import ConfigError, nearest
-from longtake.recipes.small import tiny, tiny_128, tiny_latent, tiny_memory, tiny_memory_latent
+from longtake.recipes.small import tiny, tiny_128, tiny_latent, tiny_window
 from longtake.recipes.wan import wan_1_3b_dmd, wan_1_3b_echo, wan_1_3b_echo_long, wan_1_3b_latent
 from longtake.train.distil_recipe import DistillationRecipe
 from longtake.train.recipe import Recipe
@@ -14,10 +14,9 @@ AnyRecipe = Recipe | DistillationRecipe
 
 RECIPES: dict[str, Callable[[], AnyRecipe]] = {
     "tiny": tiny,
+    "tiny-window": tiny_window,
     "tiny-128": tiny_128,
-    "tiny-memory": tiny_memory,
     "tiny-latent": tiny_latent,
-    "tiny-memory-latent": tiny_memory_latent,
     "wan-1.3b-dmd": wan_1_3b_dmd,
     "wan-1.3b-echo": wan_1_3b_echo,
     "wan-1.3b-echo-long": wan_1_3b_echo_long,

@@ -30,8 +30,8 @@ _WINDOW_LEVELS = (1, 1, 2, 2, 3)  # half of level 3 pans, half switches prompts
 _FIRST_LEVELS = (1, 2, 2, 2, 3)  # several objects are decided in the first chunk
 
 
-def tiny() -> Recipe:
-    """The model that ships: all levels of the world at 64x64, 16 fps."""
+def tiny_window() -> Recipe:
+    """The small model with a window alone: all levels of the world at 64x64, 16 fps."""
     vae_model = TinyVAEConfig(
         latent_channels=24,
         decoder_widths=(96, 128, 192),
@@ -60,7 +60,7 @@ def tiny() -> Recipe:
         final_foreground_weight=2.0,
     )
     return Recipe(
-        name="tiny",
+        name="tiny-window",
         level=3,
         # Distilled it is not better yet (docs/experiments.md): --stage trajectory, --stage dmd.
         stages=("vae", "latents", "first", "windows", "decoder", "export"),
@@ -159,18 +159,16 @@ def tiny() -> Recipe:
     )
 
 
-def tiny_memory() -> Recipe:
-    """The small model with a memory of one frame, from the weights of `tiny`: the memory first alone, then
-    the whole network. What that gives and what it costs is in docs/experiments.md, sections 20 and 21.
+def tiny() -> Recipe:
+    """The model that ships: `tiny_window` with a memory of one frame, which is learned alone first, then by
+    the whole network; what that knew before it goes on teaching all but recall.
     """
-    plain = tiny()
+    plain = tiny_window()
     readers = (0, 1, 4, 7)  # the other layers hardly need it
     windows = plain.windows
     return plain.replace(
-        name="tiny-memory",
-        warm_start="tiny",
-        base="tiny",
-        stages=("latents", "evictions", "memory", "export"),
+        name="tiny",
+        stages=("vae", "latents", "first", "windows", "decoder", "evictions", "memory", "export"),
         dit_model=plain.dit_model.replace(
             memory=MemoryEncoderConfig(
                 width=256,
@@ -190,17 +188,25 @@ def tiny_memory() -> Recipe:
             ),
             memory_at_switch="keep",
         ),
-        latents=plain.latents.replace(levels=(1, 1, 2, 2, 3)),
         memory=windows.replace(
-            loop=windows.loop.replace(num_steps=440, num_warmup_steps=30, decay_from=0.3, ema_decay=0.98),
-            num_clips=3,
-            num_first_clips=12,
-            num_recall_clips=3,
-            recall_absence=(1.0, 4.0),
-            recall_learned_share=0.5,
+            # Guides take nine tenths of the gradient from here on, and higher rates throw the network out.
+            loop=windows.loop.replace(num_steps=2500, num_warmup_steps=30, ema_decay=0.98),
+            muon_learning_rate=3e-4,
+            adamw_learning_rate=1.5e-4,
+            learns_from="start",
+            clips_teach=("recall",),
+            num_clips=2,
+            num_first_clips=8,
+            first_weight=10.0,
+            num_recall_clips=2,
+            recall_absence=(1.0, 6.0),
+            recall_learned_share=0.75,
             recall_away_chunks=2,
-            num_long_clips=3,
-            memory_guide_weight=1.0,
+            recall_back_weight=4.0,
+            num_long_clips=2,
+            num_long_learned=5,
+            guide_weight=0.0,
+            prompt_guide_weight=0.0,
         ),
     )
 
@@ -236,52 +242,25 @@ def tiny_128() -> Recipe:
 
 
 def tiny_latent() -> Recipe:
-    """The small model with latent attention: first `longtake convert tiny`; this mends what that lost."""
+    """The small model with latent attention, its memory beside that: first `longtake convert tiny`; this
+    mends what that lost.
+    """
     dense = tiny()
-    loop = dense.windows.loop.replace(num_steps=600, num_warmup_steps=20, ema_decay=0.98)
     return dense.replace(
         name="tiny-latent",
         base="tiny",
         parent="tiny",
         warm_start="outputs/latent.safetensors",
-        stages=("latents", "layers", "windows", "export"),
+        stages=("latents", "layers", "memory", "export"),
         dit_model=dense.dit_model.replace(
             latent=LatentConfig(kv_rank=32, query_rank=None, nope_dim=24, rope_bands=(2, 1, 1))
         ),
         layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
-        windows=dense.windows.replace(
-            loop=loop,
+        memory=dense.memory.replace(
+            loop=dense.memory.loop.replace(num_steps=600, num_warmup_steps=20),
             learns_from="parent",
-            num_clips=3,
-            num_first_clips=8,
-            guide_weight=0.0,
-            prompt_guide_weight=0.0,
+            clips_teach=(),
             muon_learning_rate=1e-3,
             adamw_learning_rate=5e-4,
-        ),
-    )
-
-
-def tiny_memory_latent() -> Recipe:
-    """The small model with both, a memory beside latents: first `longtake convert` what `tiny-memory`
-    made; this mends what that lost, with the dense model of the same memory to learn from.
-    """
-    dense, latent = tiny_memory(), tiny_latent()
-    return dense.replace(
-        name="tiny-memory-latent",
-        parent="outputs/tiny-memory.safetensors",
-        warm_start="outputs/latent.safetensors",
-        stages=("latents", "layers", "memory", "export"),
-        dit_model=dense.dit_model.replace(latent=latent.dit_model.latent),
-        layers=latent.layers,
-        memory=latent.windows.replace(
-            num_clips=2,
-            num_first_clips=6,
-            num_recall_clips=2,
-            recall_absence=(1.0, 6.0),
-            recall_learned_share=0.75,
-            recall_away_chunks=2,
-            num_long_clips=2,
-            num_long_learned=5,
         ),
     )

@@ -51,7 +51,7 @@ class DiTTask:
         rollouts: SampleRollouts | None = None,
         parent: Parent | None = None,
     ) -> None:
-        assert (parent is not None) == (config.learns_from == "parent"), "checked before"
+        assert (parent is not None) == (config.learns_from != "clips"), "checked before"
         self.networks = module
         self._parent = parent
         if parent is not None:

@@ -20,15 +20,16 @@ class DiTTrainingConfig(ClipsPerStep):
     """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
 
     loop: LoopConfig = LoopConfig()
-    learns_from: Literal["clips", "parent"] = Field(
+    learns_from: Literal["clips", "parent", "start"] = Field(
         "clips",
         description="what it is to predict: the clips themselves, or what the recipe's parent predicts where "
-        "it has seen the same of them",
+        "it has seen the same of them, or what the networks themselves predict as the stage begins, their "
+        "memory left off",
     )
     clips_teach: tuple[ClipKind, ...] = Field(
         (),
-        description="with learns_from=parent: kinds of clips that are learned from as they are all the same, "
-        "such as those that ask a parent without a memory for recall",
+        description="with another teacher than clips: kinds that are learned from as they are all the same, "
+        "such as those that ask a teacher without a memory for recall",
     )
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
     first_weight: float = Field(
@@ -123,7 +124,8 @@ class DiTTrainingConfig(ClipsPerStep):
     def _has_a_parent(self) -> DiTTrainingConfig:
         if self.clips_teach and self.learns_from == "clips":
             raise ConfigError(
-                f"clips_teach={self.clips_teach}, but clips teach everything", "set learns_from=parent"
+                f"clips_teach={self.clips_teach}, but clips teach everything",
+                "set learns_from=parent or start",
             )
         return self
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
+from longtake.history.evolving import EvolvingConfig
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.stream.bundle import load_networks, resolve_model
@@ -60,6 +61,13 @@ def load_parent(recipe: Recipe, same_memory: bool = False) -> Parent:
     assert isinstance(text, TinyTextEncoder)
     assert isinstance(dit, DiT)
     return Parent(TextToLatents(text, dit).requires_grad_(False), history)
+
+
+def without_memory(networks: TextToLatents, history: HistoryConfig) -> Parent:
+    """Networks that teach what they know already, their memory left off."""
+    if isinstance(history.policy, EvolvingConfig):
+        history = history.replace(policy=history.policy.replace(mode="off"))
+    return Parent(networks.requires_grad_(False), history)
 
 
 class ParentsWalk:

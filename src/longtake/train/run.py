@@ -40,7 +40,7 @@ from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
-from longtake.train.parents import load_parent
+from longtake.train.parents import Parent, load_parent, without_memory
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
 from longtake.train.rendering import ClipRenderer, Rendered
@@ -114,9 +114,9 @@ def train(
 
 
 class _Networks:
-    """The networks of a run, each as the newest finished stage left it."""
+    """The networks of a run, each as the newest finished stage left it, or the newest before a given one."""
 
-    def __init__(self, recipe: Recipe, out: Path) -> None:
+    def __init__(self, recipe: Recipe, out: Path, before: Stage | None = None) -> None:
         self.out = out
         self.remembers = False  # whether the memory it starts with was trained
         self.vae: TinyVAE = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,6 +137,8 @@ class _Networks:
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
         for stage in _BEFORE_DISTILLATION:
+            if stage == before:
+                return
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
         for stage in ("trajectory", "dmd"):
@@ -233,14 +235,24 @@ def _train_dit(
     )
     steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
     rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
-    parent = load_parent(recipe) if config.learns_from == "parent" else None
-    if parent is not None:
-        parent.networks.to(recipe.device)
+    parent = _parent(recipe, networks, stage, config)
     task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts, parent)
     try:
         return networks.run(stage, task, config, networks.text_to_latents, seconds)
     finally:
         steps.close()
+
+
+def _parent(recipe: Recipe, networks: _Networks, stage: Stage, config: DiTTrainingConfig) -> Parent | None:
+    """Who teaches a stage, if not its clips; `networks` may be past its start already."""
+    if config.learns_from == "clips":
+        return None
+    if config.learns_from == "start":
+        start = _Networks(recipe, networks.out, before=stage).text_to_latents
+        return without_memory(start, recipe.history_of(stage))
+    parent = load_parent(recipe)
+    parent.networks.to(recipe.device)
+    return parent
 
 
 def _train_layers(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:

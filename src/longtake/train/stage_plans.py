@@ -155,7 +155,7 @@ def plan_dit(
     networks: dict[str, nn.Module] = {"text": module.text, "dit": module.dit, **sizes.frozen_vae()}
     networks |= probes | ({"copy for later stages": teacher} if keeps_copy else {})
     phases = [Phase("walks", cost)]
-    if config.learns_from == "parent":
+    if config.learns_from != "clips":
         dense = replace(sizes, dit=sizes.dit.dense())
         networks["parent"] = dense.networks(frozen=True)
         phases = _side_by_side(("walks", cost), ("parent", _parents_walks(dense, config, arithmetic)))
