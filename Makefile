@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt
 OUT ?= outputs
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
-PROMPT ?= a red circle bouncing on a blue sky
+# What `make demo` shows; PROMPT="..." shows that alone. The star is named for the last time at the sixth second.
+DEMO := --seed 1 --prompt "a green circle bouncing on a blue sky" \
+	--prompt-at 6 "a yellow star resting on a blue sky" \
+	--prompt-at 11 "a red square sweeping on a blue sky, the camera pans to the side" \
+	--prompt-at 21 "a red square sweeping on a blue sky, the camera pans back"
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench format clean
@@ -31,9 +35,9 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 
 setup: $(VENV)/.installed-dev  ## .venv with everything that tests and checks need
 
-demo: $(VENV)/.installed  ## generate a 30-second video and say where it is
+demo: $(VENV)/.installed  ## generate a 30-second video that pans away and back, and say where it is
 	@mkdir -p $(OUT)
-	$(BIN)/longtake generate --prompt "$(PROMPT)" --seconds 30 --output-path $(OUT)/demo.mp4
+	$(BIN)/longtake generate $(if $(PROMPT),--prompt "$(PROMPT)",$(DEMO)) --seconds 30 --output-path $(OUT)/demo.mp4
 	@echo "the video is at $(abspath $(OUT)/demo.mp4)"
 
 # One process and one thread per core: networks as small as those of the tests gain nothing from more threads.

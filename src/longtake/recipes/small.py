@@ -190,7 +190,7 @@ def tiny() -> Recipe:
         ),
         memory=windows.replace(
             # Guides take nine tenths of the gradient from here on, and higher rates throw the network out.
-            loop=windows.loop.replace(num_steps=2500, num_warmup_steps=30, ema_decay=0.98),
+            loop=windows.loop.replace(num_steps=2500, num_warmup_steps=30, ema_decay=0.995),
             muon_learning_rate=3e-4,
             adamw_learning_rate=1.5e-4,
             learns_from="start",
