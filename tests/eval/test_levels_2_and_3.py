@@ -199,6 +199,12 @@ def test_runs_on_two_splits_are_compared(tmp_path: Path) -> None:
     assert same.against["speed_px"].value is not None
     assert same.against["speed_px"].value < -0.1
     assert "diversity_px" in same.against
+    more = config.replace(scenes=5, diversity_prompts=1)
+    few = run_world_eval(more, FaultySource("frozen"), (), tmp_path / "more", against=tmp_path / "train")
+    assert few is not None
+    assert few.against_same_scenes
+    assert few.against["speed_px"] == same.against["speed_px"]
+    assert few.against["diversity_px"].num == 0
     with pytest.raises(EvalError, match="compare evaluations of one model"):
         run_world_eval(heldout, FaultySource("frozen"), (), tmp_path / "x", against=tmp_path / "train")
     with pytest.raises(EvalError, match="no finished evaluation"):

@@ -159,6 +159,12 @@ def comparable(config: WorldEvalConfig) -> WorldEvalConfig:
     return config.replace(batch=WorldEvalConfig().batch)
 
 
+def pairable(config: WorldEvalConfig) -> WorldEvalConfig:
+    """The config without what changes no scene's result, nor which scenes come first."""
+    plain = WorldEvalConfig()
+    return comparable(config).replace(scenes=plain.scenes, diversity_prompts=plain.diversity_prompts)
+
+
 class Named(Protocol):
     """What identifies a source of videos: see `VideoSource`."""
 

@@ -160,7 +160,8 @@ def _of_same_jobs(
     ours: Sequence[Record],
     theirs: Sequence[Record],
 ) -> dict[str, Estimate]:
-    """A statistic of pairs: metrics of the same scenes, and spreads of the same prompts."""
+    """A statistic of pairs: metrics of the scenes that both have, and spreads of such prompts."""
+    ours, theirs = _common(ours, theirs), _common(theirs, ours)
     pairs = [
         (mine.scores, other.scores) for mine, other in zip(ours, theirs, strict=True) if mine.kind == "scene"
     ]
@@ -170,6 +171,12 @@ def _of_same_jobs(
     }
     mine, other = _spreads(ours), _spreads(theirs)
     return found | {key: statistic(mine[key], other[key]) for key in SPREADS}
+
+
+def _common(records: Sequence[Record], others: Sequence[Record]) -> list[Record]:
+    """Those of streams that are among the others too, in the order of evaluations."""
+    known = {(item.kind, item.index, item.seed) for item in others}
+    return [item for item in records if (item.kind, item.index, item.seed) in known]
 
 
 def _estimates(scenes: Sequence[Record]) -> dict[str, Estimate]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
 from longtake.eval.report import write_report
-from longtake.eval.runner import Shard, WorldEvalConfig, comparable, evaluate, merge, sheet_path
+from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, merge, pairable, sheet_path
 from longtake.eval.source import VideoSource
 from longtake.eval.summary import Other, Summary, summarize
 from longtake.io.plot import pyplot
@@ -82,7 +82,7 @@ def _other(config: WorldEvalConfig, subject: VideoSource, out: Path) -> Other:
             "compare evaluations of one level",
         )
     theirs = Recorded(finished.subject, finished.sources[finished.subject].about)
-    paired = comparable(finished.config) == comparable(config)
+    paired = pairable(finished.config) == pairable(config)
     if not paired and theirs != Recorded(subject.name, subject.about):
         raise EvalError(
             f"{str(out)!r} is of {theirs.about} on other scenes, and this one of {subject.about}",
