@@ -15,7 +15,7 @@ from longtake.eval import runner
 from longtake.eval.detectors import blurred_and_noisy
 from longtake.eval.errors import EvalError
 from longtake.eval.returns import returns
-from longtake.eval.runner import Job, WorldEvalConfig, jobs
+from longtake.eval.runner import Job, WorldEvalConfig, jobs, pairable
 from longtake.eval.score import Record
 from longtake.eval.script import Chunking, Script, scene_for_script
 from longtake.eval.source import TruthSource
@@ -200,6 +200,8 @@ def test_runs_on_two_splits_are_compared(tmp_path: Path) -> None:
     assert same.against["speed_px"].value < -0.1
     assert "diversity_px" in same.against
     more = config.replace(scenes=5, diversity_prompts=1)
+    assert pairable(more) == pairable(config) != pairable(config.replace(seconds=None))
+    assert pairable(config.replace(seconds=None)) == pairable(config.replace(seconds=5))
     few = run_world_eval(more, FaultySource("frozen"), (), tmp_path / "more", against=tmp_path / "train")
     assert few is not None
     assert few.against_same_scenes

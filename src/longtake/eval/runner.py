@@ -162,7 +162,9 @@ def comparable(config: WorldEvalConfig) -> WorldEvalConfig:
 def pairable(config: WorldEvalConfig) -> WorldEvalConfig:
     """The config without what changes no scene's result, nor which scenes come first."""
     plain = WorldEvalConfig()
-    return comparable(config).replace(scenes=plain.scenes, diversity_prompts=plain.diversity_prompts)
+    return comparable(config).replace(
+        scenes=plain.scenes, diversity_prompts=plain.diversity_prompts, seconds=config.length_seconds
+    )
 
 
 class Named(Protocol):
