@@ -16,14 +16,14 @@ from longtake.history.base import HistoryConfig
 from longtake.history.pure import PureHistory
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
-from longtake.train.excerpts import LatentCacheConfig
+from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_start
 from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.plan import Machine
 from longtake.train.recipe import Recipe
 from longtake.train.run import train
 from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Noise
-from longtake.world import parse_caption
+from longtake.world import Scene, parse_caption
 from toy_training import HISTORY, clip_encoder, loop, networks, recipe, renderer
 
 SMALL = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2}
@@ -67,6 +67,43 @@ def test_half_of_them_pan_and_half_have_prompts_that_switch_where_chunks_begin()
     left = [of_clip for of_clip in others if len(of_clip) > 1 and unlike(of_clip[0][1], of_clip[1][1])]
     assert left, "some switches leave a scene altogether"
     assert len(left) < len(others)
+
+
+def test_chunks_that_bring_something_back_are_learned_from() -> None:
+    """As the truth of the scenes has it, whose captions are told beside."""
+    settings = {"num_chunks": 26, "num_learned": 6, "num_returns": 4, "away_frames": 48}
+    made, found = source(**settings), 0
+    for seed in range(12):
+        batch = made.draw(np.random.default_rng(seed), 1)
+        assert sum(batch.learned) == 6
+        assert not any(batch.learned[:6])
+        plain = source(**settings | {"num_returns": 0}).draw(np.random.default_rng(seed), 1)
+        assert plain.clips.prompts[0][0] == batch.clips.prompts[0][0]
+        excerpt = first_drawn(made, seed)
+        back = made._returning(excerpt.scene)
+        assert not back or len(excerpt.scene.segments) == 1
+        for chunk in back:
+            frames = range(chunk_start(chunk, 3, 4), chunk_start(chunk + 1, 3, 4))
+            assert any(away_before(excerpt.scene, frame, 48) for frame in frames)
+        learned = {chunk for chunk, learns in enumerate(batch.learned) if learns}
+        assert len(learned & back) >= min(4, len(back))
+        found += len(back)
+    assert found > 5
+
+
+def first_drawn(made: LongSource, seed: int) -> Excerpt:
+    rng = np.random.default_rng(seed)
+    scene = made.config.first_seed + int(rng.integers(1 << 30))
+    pans, leaves = bool(rng.integers(2)), bool(rng.integers(2))
+    return made._excerpt(scene, made.num_chunks * 3, pans=pans, leaves=leaves)
+
+
+def away_before(scene: Scene, frame: int, frames: int) -> bool:
+    """Whether something is in view that was before, but not in so many frames."""
+    truth = scene.truth(0, frame + 1)
+    seen = truth.present & (truth.visible > 0)
+    away = ~seen[max(0, frame - frames) : -1].any(axis=0) & seen[: max(0, frame - frames)].any(axis=0)
+    return bool((seen[-1] & away).any())
 
 
 def unlike(before: str, after: str) -> bool:

@@ -107,6 +107,12 @@ class DiTTrainingConfig(ClipsPerStep):
     num_long_learned: int = Field(
         4, ge=1, description="chunks of it that are learned from, after sink and window have filled"
     )
+    num_long_returns: int = Field(
+        0,
+        ge=0,
+        description="so many of these are, as far as there are any, chunks in which a panning camera brings "
+        "back what the window has lost",
+    )
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")

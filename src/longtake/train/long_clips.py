@@ -7,6 +7,7 @@ A few chunks are learned from, all of them after frames have left the window; th
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -45,6 +46,9 @@ class LongSource:
         num_chunks: the most that a clip has; it ends with the last one that is learned from.
         num_learned: chunks that are learned from, one of every so many equal parts of those that may be.
         first_learned: the first chunk that may be: from which on something has left the window.
+        num_returns: of the chunks that are learned from so many are, as far as there are any, ones in which a
+            panning camera brings something back.
+        away_frames: pixel frames; what was out of view for longer counts as brought back.
     """
 
     renderer: ClipRenderer
@@ -52,23 +56,55 @@ class LongSource:
     num_chunks: int
     num_learned: int
     first_learned: int
+    num_returns: int = 0
+    away_frames: int = 0
 
     def draw(self, rng: np.random.Generator, count: int) -> LongBatch[Rendered]:
         """Clips that follow from the generator's state alone."""
-        late = np.arange(self.first_learned, self.num_chunks)
-        chosen = {int(rng.choice(part)) for part in np.array_split(late, self.num_learned)}
-        learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
-        config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
         excerpts = [
             self._excerpt(
                 self.config.first_seed + int(rng.integers(_NUM_SEEDS)),
-                config.num_latent_frames,
+                self.num_chunks * self.config.chunk_frames,
                 pans=bool(rng.integers(2)),
                 leaves=bool(rng.integers(2)),
             )
             for _ in range(count)
         ]
+        chosen = self._chosen(rng, excerpts)
+        learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
+        config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
+        excerpts = [
+            dataclasses.replace(
+                item,
+                prompts=tuple(prompt for prompt in item.prompts if prompt[0] < config.num_latent_frames),
+            )
+            for item in excerpts
+        ]
         return LongBatch(self.renderer.render(excerpts, config), learned)
+
+    def _chosen(self, rng: np.random.Generator, excerpts: Sequence[Excerpt]) -> set[int]:
+        """The chunks that are learned from."""
+        returning: set[int] = set()
+        if self.num_returns > 0:
+            returning = {chunk for item in excerpts for chunk in self._returning(item.scene)}
+        some = rng.permutation(sorted(returning))[: min(self.num_returns, self.num_learned)]
+        chosen = {int(chunk) for chunk in some}
+        late = [chunk for chunk in range(self.first_learned, self.num_chunks) if chunk not in chosen]
+        others = min(self.num_learned - len(chosen), len(late))
+        return chosen | {int(rng.choice(part)) for part in np.array_split(late, others or 1)[:others]}
+
+    def _returning(self, scene: Scene) -> set[int]:
+        """Late chunks in which something comes into view again that was out of it for long."""
+        stride, chunk_frames = self.renderer.stride, self.config.chunk_frames
+        if not any(segment.camera.panning for segment in scene.segments):
+            return set()
+        truth = scene.truth(0, chunk_start(self.num_chunks, chunk_frames, stride))
+        found = set()
+        for in_view in (truth.present & (truth.visible > 0)).T:
+            frames = np.flatnonzero(in_view)
+            back = frames[1:][np.diff(frames) > self.away_frames]
+            found |= {chunk_at(int(frame) + 1, chunk_frames, stride) - 1 for frame in back}
+        return {chunk for chunk in found if chunk >= self.first_learned}
 
     def _excerpt(self, seed: int, num_frames: int, *, pans: bool, leaves: bool) -> Excerpt:
         """The beginning of a scene, its prompts coming into force where chunks begin.

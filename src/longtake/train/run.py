@@ -336,6 +336,8 @@ def _long_clips(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRendere
         config.num_long_chunks,
         config.num_long_learned,
         first_late_chunk(recipe.stream.history),
+        config.num_long_returns,
+        (recipe.stream.history.window_frames or 0) * recipe.vae_model.temporal_stride,
     )
 
 
