@@ -87,6 +87,9 @@ def test_chunks_that_bring_something_back_are_learned_from() -> None:
             assert any(away_before(excerpt.scene, frame, 48) for frame in frames)
         learned = {chunk for chunk, learns in enumerate(batch.learned) if learns}
         assert len(learned & back) >= min(4, len(back))
+        (returns,) = batch.encoded(clip_encoder()).returns
+        assert len(returns) == len(batch.learned)
+        assert {chunk for chunk, comes in enumerate(returns) if comes} == back & set(range(len(returns)))
         found += len(back)
     assert found > 5
 

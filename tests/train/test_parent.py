@@ -105,6 +105,23 @@ def test_a_parent_without_a_memory_teaches_all_but_recall() -> None:
     assert error("recall", taught) > 0.1
 
 
+def test_of_long_clips_the_chunks_that_bring_something_back_may_teach_alone() -> None:
+    """A learner that is its own parent has something to learn there and nowhere else."""
+    module = networks()
+    made = task(module, copy.deepcopy(module))
+    clips: Clips = some_clips()
+    returns = [[False, True, False] for _ in range(len(clips))]
+    with torch.no_grad():
+        walked = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), kind="long", returns=returns)
+        returns[1:] = [[False] * 3] * (len(clips) - 1)
+        first = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), kind="long", returns=returns)
+    errors = [float(error) for error, _, _ in walked]
+    assert errors[0] == pytest.approx(0, abs=1e-9)
+    assert errors[1] > 0.1
+    assert errors[2] == pytest.approx(0, abs=1e-9)
+    assert 0 < float(first[1][0]) < errors[1]
+
+
 def test_clips_that_teach_anyway_are_refused() -> None:
     with pytest.raises(ConfigError, match="set learns_from=parent or start"):
         DiTTrainingConfig(clips_teach=("recall",))

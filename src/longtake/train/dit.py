@@ -97,7 +97,13 @@ class DiTTask:
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
         if drawn.long is not None:
             late = self._walk(
-                drawn.long.clips, len(drawn.long.learned), weight, noise, drawn.long.learned, kind="long"
+                drawn.long.clips,
+                len(drawn.long.learned),
+                weight,
+                noise,
+                drawn.long.learned,
+                kind="long",
+                returns=drawn.long.returns if "returns" in config.clips_teach else None,
             )
             parts += late
             prompts += [text for of_clip in drawn.long.clips.prompts for _, text in of_clip]
@@ -147,8 +153,12 @@ class DiTTask:
         recall: MemoryReading | None = None,
         *,
         kind: ClipKind = "whole",
+        returns: Sequence[Sequence[bool]] | None = None,
     ) -> list[_Errors]:
-        """The errors of every chunk of the clips, or of those that are learned; the others are committed."""
+        """The errors of every chunk of the clips, or of those that are learned; the others are committed.
+
+        `returns`: of every clip, of every chunk whether the clip teaches it whoever teaches the others.
+        """
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
         num_copies = config.copies_of(num_chunks)
         dropped = (torch.rand(num_clips, generator=noise.host) < config.text_dropout).tolist()
@@ -199,7 +209,14 @@ class DiTTask:
             else:
                 predicted = walk.advance(noisy, sigma, context, reading)
             if parents is not None:
-                target = parents.predict(noisy, sigma, None if last else context)
+                predicts = parents.predict(noisy, sigma, None if last else context)
+                if returns is None:
+                    target = predicts
+                else:
+                    told_by_clip = self._here(torch.tensor([of_clip[chunk] for of_clip in returns]))
+                    target = torch.where(
+                        told_by_clip.repeat(num_copies).view(-1, 1, 1, 1, 1), target, predicts
+                    )
             counted = (told if chunk == 0 else torch.ones_like(told)).repeat(num_copies)
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
             guide = None

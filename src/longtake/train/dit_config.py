@@ -15,6 +15,9 @@ from longtake.train.optim import AdamWConfig
 ClipKind = Literal["first", "whole", "long", "recall"]
 """First chunks alone, whole clips, those of several windows, those that ask for recall."""
 
+Taught = ClipKind | Literal["returns"]
+"""A kind of clips, or of long ones only the chunks in which a panning camera brings something back."""
+
 
 class DiTTrainingConfig(ClipsPerStep):
     """One stage of teacher forcing: first chunks alone, whole clips, or both in every step."""
@@ -26,10 +29,11 @@ class DiTTrainingConfig(ClipsPerStep):
         "it has seen the same of them, or what the networks themselves predict as the stage begins, their "
         "memory left off",
     )
-    clips_teach: tuple[ClipKind, ...] = Field(
+    clips_teach: tuple[Taught, ...] = Field(
         (),
         description="with another teacher than clips: kinds that are learned from as they are all the same, "
-        "such as those that ask a teacher without a memory for recall",
+        "such as those that ask a teacher without a memory for recall, or of long clips the chunks in which "
+        "something returns",
     )
     num_copies: int = Field(2, ge=1, description="noisy copies of each chunk")
     first_weight: float = Field(

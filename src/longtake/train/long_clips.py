@@ -7,7 +7,6 @@ A few chunks are learned from, all of them after frames have left the window; th
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -26,14 +25,21 @@ _OTHER_LEVELS = (1, 2)
 
 @dataclass(frozen=True)
 class LongBatch(Generic[DrawnT]):
-    """Clips of one length, and of every chunk whether it is learned from or only committed."""
+    """Clips of one length.
+
+    Attributes:
+        clips: they pan, or their prompts switch.
+        learned: of every chunk whether it is learned from or only committed.
+        returns: of every clip, of every chunk whether a panning camera brings something back in it.
+    """
 
     clips: DrawnT
     learned: tuple[bool, ...]
+    returns: tuple[tuple[bool, ...], ...]
 
     def encoded(self, encoder: ClipEncoder) -> LongBatch[Clips]:
         """The same with clips as latents."""
-        return LongBatch(encoder.encode(self.clips), self.learned)
+        return LongBatch(encoder.encode(self.clips), self.learned, self.returns)
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class LongSource:
             )
             for _ in range(count)
         ]
-        chosen = self._chosen(rng, excerpts)
+        returning = [self._returning(item.scene) for item in excerpts]
+        chosen = self._chosen(rng, set().union(*returning))
         learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
         config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
         excerpts = [
@@ -80,13 +87,11 @@ class LongSource:
             )
             for item in excerpts
         ]
-        return LongBatch(self.renderer.render(excerpts, config), learned)
+        returns = tuple(tuple(chunk in of_clip for chunk in range(len(learned))) for of_clip in returning)
+        return LongBatch(self.renderer.render(excerpts, config), learned, returns)
 
-    def _chosen(self, rng: np.random.Generator, excerpts: Sequence[Excerpt]) -> set[int]:
+    def _chosen(self, rng: np.random.Generator, returning: set[int]) -> set[int]:
         """The chunks that are learned from."""
-        returning: set[int] = set()
-        if self.num_returns > 0:
-            returning = {chunk for item in excerpts for chunk in self._returning(item.scene)}
         some = rng.permutation(sorted(returning))[: min(self.num_returns, self.num_learned)]
         chosen = {int(chunk) for chunk in some}
         late = [chunk for chunk in range(self.first_learned, self.num_chunks) if chunk not in chosen]
