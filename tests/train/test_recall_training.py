@@ -295,6 +295,13 @@ def test_what_was_known_before_the_stage_teaches_also_when_it_is_run_again(tmp_p
     assert all(parameter.requires_grad for parameter in learned.text_to_latents.parameters())
 
 
+def test_networks_that_know_nothing_yet_teach_nothing(tmp_path: Path) -> None:
+    made = remembering(learns_from="start", clips_teach=("recall",))
+    made = made.replace(stages=("vae", "latents", "memory", "export"))
+    with pytest.raises(TrainingError, match='memory.learns_from="start", but nothing before stage memory'):
+        train(made, tmp_path)
+
+
 def test_flops_of_a_memory_are_counted() -> None:
     made = remembering(num_recall_clips=0, num_clips=2, num_first_clips=0, num_chunks=3)
     size = {"height": 32, "width": 32}

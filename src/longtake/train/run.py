@@ -87,9 +87,8 @@ def train(
     """
     recipe.check(stages or recipe.stages, this_machine(recipe.device, memory_gb))
     if recipe.needs_parent(stages or recipe.stages):
-        load_parent(
-            recipe, "layers" in (stages or recipe.stages)
-        )  # refused now rather than after other stages
+        # Refused now rather than after other stages.
+        load_parent(recipe, same_memory="layers" in (stages or recipe.stages))
     torch.manual_seed(recipe.seed)
     networks = _Networks(recipe, out)
     actions: dict[str, Callable[[], dict[str, float]]] = {
@@ -134,11 +133,13 @@ class _Networks:
                 weights = of_readers(weights, *readers)
             warm_start(self.text_to_latents.dit, weights, recipe.warm_start)
         self._warm = recipe.warm_start is not None
+        self.knows = self._warm  # whether text encoder and DiT, at `before`, were trained at all
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)
         for stage in _BEFORE_DISTILLATION:
             if stage == before:
                 return
+            self.knows |= self._path(stage).exists()
             self._restore(stage, self.text_to_latents)
         self.teacher = copy.deepcopy(self.text_to_latents)
         for stage in ("trajectory", "dmd"):
@@ -248,8 +249,13 @@ def _parent(recipe: Recipe, networks: _Networks, stage: Stage, config: DiTTraini
     if config.learns_from == "clips":
         return None
     if config.learns_from == "start":
-        start = _Networks(recipe, networks.out, before=stage).text_to_latents
-        return without_memory(start, recipe.history_of(stage))
+        start = _Networks(recipe, networks.out, before=stage)
+        if not start.knows:
+            raise TrainingError(
+                f'{stage}.learns_from="start", but nothing before stage {stage} has trained the networks',
+                f"run the stages before it, set warm_start, or {stage}.learns_from=clips",
+            )
+        return without_memory(start.text_to_latents, recipe.history_of(stage))
     parent = load_parent(recipe)
     parent.networks.to(recipe.device)
     return parent
