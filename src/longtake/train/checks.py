@@ -49,6 +49,8 @@ def plan_of(recipe: Recipe, stage: str, machine: Machine) -> StagePlan | None:
         recipe.stream.schedule,
         recipe.held_out.height // stride,
         recipe.held_out.width // stride,
+        recipe.stream.opening_schedule,
+        recipe.stream.guidance is not None,
     )
     match stage:
         case "vae":

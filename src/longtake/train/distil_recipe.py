@@ -99,8 +99,8 @@ class DistillationRecipe(Config):
     def plan(self, stage: str, machine: Machine) -> StagePlan | None:
         """What a stage will take on a machine; None where it trains nothing."""
         if stage in ("teacher_forcing", "consistency"):
-            schedule, (_, *size) = self.stream.schedule, self.latent_shape
-            sizes = Sizes(None, None, self.dit_model, self.stream.history, schedule, *size)
+            schedule, (_, height, width) = self.stream.schedule, self.latent_shape
+            sizes = Sizes(None, None, self.dit_model, self.stream.history, schedule, height, width)
             if stage == "consistency":
                 return plan_trajectory(stage, sizes, self.consistency, machine, 0)
             return plan_dit(stage, sizes, self.teacher_forcing, machine, 0, keeps_copy=False)

@@ -18,6 +18,7 @@ from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips
 from longtake.train.loop import Learner
 from longtake.train.networks import TextToLatents, dit_optimizer
+from longtake.train.own_rollouts import OwnRollouts
 from longtake.train.parents import Parent, ParentsWalk
 from longtake.train.probes import MemoryReading, probes_of, token_guide_error
 from longtake.train.prompt_guide import PromptProbe
@@ -39,6 +40,7 @@ class DiTTask:
         held_out: for evaluation.
         rollouts: what to show of the model at evaluations.
         parent: whose predictions are the targets, in place of the clips.
+        own_rollouts: make long clips anew with the networks as they are; None: long clips are as drawn.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class DiTTask:
         held_out: Clips,
         rollouts: SampleRollouts | None = None,
         parent: Parent | None = None,
+        own_rollouts: OwnRollouts | None = None,
     ) -> None:
         assert (parent is not None) == (config.learns_from != "clips"), "checked before"
         self.networks = module
         self._parent = parent
+        self._own_rollouts = own_rollouts
         if parent is not None:
             parent.networks.eval().requires_grad_(False)
         self.device = module.dit.patch_embedding.weight.device
@@ -96,8 +100,11 @@ class DiTTask:
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
         if drawn.long is not None:
+            clips = drawn.long.clips
+            if self._own_rollouts is not None:
+                clips = self._own_rollouts(self.networks, clips, drawn.noise_seed)
             late = self._walk(
-                drawn.long.clips,
+                clips,
                 len(drawn.long.learned),
                 weight,
                 noise,
@@ -125,6 +132,7 @@ class DiTTask:
         foreground = torch.stack([error for _, error, _ in parts])
         figures = {"foreground_first": float(foreground[0]), "foreground": float(foreground.mean())}
         if drawn.long is not None:
+            figures["long"] = float(torch.stack([error.detach() for error, _, _ in late]).mean())
             figures["foreground_long"] = float(torch.stack([error for _, error, _ in late]).mean())
         if drawn.recall is not None:
             figures["foreground_recall"] = float(torch.stack([error for _, error, _ in asked]).mean())

@@ -117,6 +117,11 @@ class DiTTrainingConfig(ClipsPerStep):
         description="so many of these are, as far as there are any, chunks in which a panning camera brings "
         "back what the window has lost",
     )
+    long_rollouts: bool = Field(
+        False,
+        description="in place of such clips the network's own rollouts of their prompts, guided as served; "
+        "needs another teacher than clips",
+    )
     muon_learning_rate: float = Field(4e-3, gt=0)
     adamw_learning_rate: float = Field(1.5e-3, gt=0)
     optimizer: AdamWConfig | None = Field(None, description="for everything, instead of Muon with AdamW")
@@ -136,6 +141,22 @@ class DiTTrainingConfig(ClipsPerStep):
             raise ConfigError(
                 f"clips_teach={self.clips_teach}, but clips teach everything",
                 "set learns_from=parent or start",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rolls_out(self) -> DiTTrainingConfig:
+        told = self.learns_from == "clips" or not {"long", "returns"}.isdisjoint(self.clips_teach)
+        if self.long_rollouts and told:
+            raise ConfigError(
+                f"long_rollouts=true with learns_from={self.learns_from!r} and clips_teach="
+                f"{self.clips_teach}: a network's own rollouts do not say what is right",
+                "set learns_from=parent or start, and leave long and returns out of clips_teach",
+            )
+        if self.long_rollouts and self.num_long_clips == 0:
+            raise ConfigError(
+                "long_rollouts=true with num_long_clips=0 rolls nothing out",
+                "set num_long_clips=2, or long_rollouts=false",
             )
         return self
 

@@ -40,6 +40,7 @@ from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
+from longtake.train.own_rollouts import OwnRollouts
 from longtake.train.parents import Parent, load_parent, without_memory
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
@@ -237,7 +238,10 @@ def _train_dit(
     steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
     rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
     parent = _parent(recipe, networks, stage, config)
-    task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts, parent)
+    own = None
+    if config.long_rollouts:
+        own = OwnRollouts(networks.require_vae(), recipe.stream.replace(history=history), config.switch)
+    task = DiTTask(networks.text_to_latents, history, config, steps, held_out, rollouts, parent, own)
     try:
         return networks.run(stage, task, config, networks.text_to_latents, seconds)
     finally:

@@ -51,6 +51,8 @@ class Sizes:
         history: of the walks.
         schedule: of few-step sampling.
         height, width: of the latents.
+        opening_schedule: of a stream's first chunk, where it has one of its own.
+        guided: chunks are sampled with classifier-free guidance.
     """
 
     vae: TinyVAEConfig | None
@@ -60,6 +62,8 @@ class Sizes:
     schedule: Schedule
     height: int
     width: int
+    opening_schedule: Schedule | None = None
+    guided: bool = False
 
     def networks(self, frozen: bool = False) -> TextToLatents:
         """Text encoder and DiT on the meta device."""
@@ -159,6 +163,8 @@ def plan_dit(
         dense = replace(sizes, dit=sizes.dit.dense())
         networks["parent"] = dense.networks(frozen=True)
         phases = _side_by_side(("walks", cost), ("parent", _parents_walks(dense, config, arithmetic)))
+    if config.long_rollouts:
+        phases.append(Phase("own rollouts", Cost(flops=_own_rollouts(sizes, config, arithmetic).flops)))
     phases += _fresh_clips(sizes, config, arithmetic)
     return plan_stage(stage, config.loop, networks, [(learned, optimizer)], phases, arithmetic, data_bytes)
 
@@ -249,6 +255,17 @@ def _parents_walks(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmet
             held = costs.kept_rows(count, chunk) if commits else 0
             cost += costs.forward(noisy + commits, chunk, num_committed=held, base_rows=count)
             cost += costs.memory(count, chunk, False)
+    return cost
+
+
+def _own_rollouts(sizes: Sizes, config: DiTTrainingConfig, arithmetic: Arithmetic) -> Cost:
+    """Of sampling long clips; that a switch of prompts may take more steps is not in it."""
+    costs, rows = sizes.costs(arithmetic), (1 + sizes.guided) * config.num_long_clips
+    cost = sizes.text_cost(rows, False, arithmetic)
+    for chunk in range(config.num_long_chunks):
+        schedule = (sizes.opening_schedule if chunk == 0 else None) or sizes.schedule
+        cost += costs.forward(rows, chunk).times(len(schedule.steps) + 1)  # and the context pass
+        cost += costs.memory(rows, chunk, False)
     return cost
 
 
