@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,15 @@ from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_start
 from longtake.train.long_clips import LongSource, first_late_chunk
+from longtake.train.parents import Parent
 from longtake.train.plan import Machine
 from longtake.train.recipe import Recipe
+from longtake.train.rendering import ClipRenderer, Rendered
 from longtake.train.run import train
 from longtake.train.steps import Steps, StepSources
 from longtake.train.walk import Noise
 from longtake.world import Scene, parse_caption
+from longtake.world.motion import Paused
 from toy_training import HISTORY, clip_encoder, loop, networks, recipe, renderer
 
 SMALL = {"window_frames": 7, "sink_frames": 2, "chunk_frames": 2}
@@ -92,6 +97,39 @@ def test_chunks_that_bring_something_back_are_learned_from() -> None:
         assert {chunk for chunk, comes in enumerate(returns) if comes} == back & set(range(len(returns)))
         found += len(back)
     assert found > 5
+
+
+def test_a_camera_that_stood_still_goes_on_in_chunks_that_are_learned_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As rendered scenes have it: nothing moves with the view in all of the window before such a chunk."""
+    made, found = source(num_chunks=20, num_learned=6, away_frames=48, pauses=0.8), 0
+    shown: list[list[Excerpt]] = []
+    render = ClipRenderer.render
+
+    def kept(self: ClipRenderer, excerpts: list[Excerpt], config: LatentCacheConfig) -> Rendered:
+        shown.append(excerpts)
+        return render(self, excerpts, config)
+
+    monkeypatch.setattr(ClipRenderer, "render", kept)
+    for seed in range(6):
+        batch = made.draw(np.random.default_rng(seed), 2)
+        assert sum(batch.learned) == 6
+        for item, resumes in zip(shown[-1], batch.resumes, strict=True):
+            chunks = [chunk for chunk, resuming in enumerate(resumes) if resuming]
+            paused = isinstance(item.scene.segments[0].camera, Paused)
+            assert bool(chunks) == paused
+            if not paused:
+                continue
+            assert all(batch.learned[chunk] for chunk in chunks)
+            start = chunk_start(chunks[0], 3, 4)
+            views = item.scene.truth(0, start + 12).camera_x
+            assert np.ptp(views[max(0, start - 48) : start + 1]) == 0
+            assert np.ptp(views[start:]) > 0
+            found += 1
+        assert batch.encoded(clip_encoder()).resumes == batch.resumes
+    assert found >= 3
+    assert source(pauses=0.0).draw(np.random.default_rng(0), 2).resumes[0].count(True) == 0
 
 
 def first_drawn(made: LongSource, seed: int) -> Excerpt:
@@ -166,6 +204,30 @@ def test_only_chunks_that_are_learned_from_count() -> None:
     batch = draws.draw(np.random.default_rng(0), 2).encoded(steps.encoder)
     parts = task._walk(batch.clips, len(batch.learned), 1.0, Noise(0, task.device), batch.learned)
     assert len(parts) == 2
+
+
+def test_where_a_camera_goes_on_the_clip_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner that is its own parent learns there alone."""
+    made = lasting(learns_from="parent", long_pauses=1.0, num_long_clips=1)
+    draws = LongSource(renderer(), LatentCacheConfig(chunk_frames=2, height=16, width=16), 6, 2, 3)
+    draws = dataclasses.replace(draws, away_frames=20, pauses=1.0)
+    module = networks(made.dit_model)
+    steps = Steps(StepSources(made.windows, long_clips=draws), clip_encoder())
+    parent = Parent(copy.deepcopy(module), HISTORY)
+    task = DiTTask(module, HISTORY, made.windows, steps, some_clips(), parent=parent)
+    errors = {False: [], True: []}  # type: dict[bool, list[float]]
+    for step in range(6):
+        loss, figures = task.loss(step, 0.0)
+        assert drawn_resumes(steps, step) == (figures["long"] > 1e-6)
+        errors[drawn_resumes(steps, step)].append(float(loss.detach()))
+    assert min(errors[True]) > 0.01
+    assert max(errors[False]) == pytest.approx(0, abs=1e-9)
+
+
+def drawn_resumes(steps: Steps, step: int) -> bool:
+    long = steps(step).long
+    assert long is not None
+    return any(long.resumes[0])
 
 
 def test_they_are_planned_halved_and_refused() -> None:

@@ -110,11 +110,11 @@ def test_of_long_clips_the_chunks_that_bring_something_back_may_teach_alone() ->
     module = networks()
     made = task(module, copy.deepcopy(module))
     clips: Clips = some_clips()
-    returns = [[False, True, False] for _ in range(len(clips))]
+    told = [[False, True, False] for _ in range(len(clips))]
     with torch.no_grad():
-        walked = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), kind="long", returns=returns)
-        returns[1:] = [[False] * 3] * (len(clips) - 1)
-        first = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), kind="long", returns=returns)
+        walked = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), kind="long", told=told)
+        told[1:] = [[False] * 3] * (len(clips) - 1)
+        first = made._walk(clips, 3, 1.0, Noise(0, torch.device("cpu")), kind="long", told=told)
     errors = [float(error) for error, _, _ in walked]
     assert errors[0] == pytest.approx(0, abs=1e-9)
     assert errors[1] > 0.1

@@ -16,6 +16,7 @@ from longtake.models.tiny_text import TinyTextEncoder
 from longtake.train.dit_config import ClipKind, DiTTrainingConfig
 from longtake.train.excerpts import changed, prompts_in_force
 from longtake.train.latents import Clips
+from longtake.train.long_clips import LongBatch
 from longtake.train.loop import Learner
 from longtake.train.networks import TextToLatents, dit_optimizer
 from longtake.train.own_rollouts import OwnRollouts
@@ -110,7 +111,7 @@ class DiTTask:
                 noise,
                 drawn.long.learned,
                 kind="long",
-                returns=drawn.long.returns if "returns" in config.clips_teach else None,
+                told=_told(drawn.long, "returns" in config.clips_teach),
             )
             parts += late
             prompts += [text for of_clip in drawn.long.clips.prompts for _, text in of_clip]
@@ -161,11 +162,11 @@ class DiTTask:
         recall: MemoryReading | None = None,
         *,
         kind: ClipKind = "whole",
-        returns: Sequence[Sequence[bool]] | None = None,
+        told: Sequence[Sequence[bool]] | None = None,
     ) -> list[_Errors]:
         """The errors of every chunk of the clips, or of those that are learned; the others are committed.
 
-        `returns`: of every clip, of every chunk whether the clip teaches it whoever teaches the others.
+        `told`: of every clip, of every chunk whether the clip teaches it whoever teaches the others.
         """
         config, frames, num_clips = self.config, self.history.chunk_frames, len(clips)
         num_copies = config.copies_of(num_chunks)
@@ -186,7 +187,7 @@ class DiTTask:
         parents = None
         if self._parent is not None and kind not in config.clips_teach:
             parents = ParentsWalk(self._parent, captions, num_clips, *size)
-        told = self._here(torch.tensor(clips.opens, dtype=torch.float32))
+        opens = self._here(torch.tensor(clips.opens, dtype=torch.float32))
         results = []
         for chunk in range(num_chunks):
             span = slice(chunk * frames, (chunk + 1) * frames)
@@ -218,14 +219,12 @@ class DiTTask:
                 predicted = walk.advance(noisy, sigma, context, reading)
             if parents is not None:
                 predicts = parents.predict(noisy, sigma, None if last else context)
-                if returns is None:
+                if told is None:
                     target = predicts
                 else:
-                    told_by_clip = self._here(torch.tensor([of_clip[chunk] for of_clip in returns]))
-                    target = torch.where(
-                        told_by_clip.repeat(num_copies).view(-1, 1, 1, 1, 1), target, predicts
-                    )
-            counted = (told if chunk == 0 else torch.ones_like(told)).repeat(num_copies)
+                    by_clip = self._here(torch.tensor([of_clip[chunk] for of_clip in told]))
+                    target = torch.where(by_clip.repeat(num_copies).view(-1, 1, 1, 1, 1), target, predicts)
+            counted = (opens if chunk == 0 else torch.ones_like(opens)).repeat(num_copies)
             errors = self._errors(predicted, target, sigma, foreground[:, span], foreground_weight, counted)
             guide = None
             if reading is not None and self._probe is not None and guide_bfkhw is not None:
@@ -329,6 +328,16 @@ class DiTTask:
 
 _Errors = tuple[Tensor, Tensor, Tensor | None]
 """Of a chunk: the loss, the foreground's error, and that of reading the guide where there is one."""
+
+
+def _told(batch: LongBatch[Clips], returns: bool) -> list[list[bool]]:
+    """Of every long clip, of every chunk whether the clip teaches it: where its camera goes on, and where
+    something returns if that is asked for.
+    """
+    return [
+        [goes_on or (returns and comes_back) for goes_on, comes_back in zip(*of_clip, strict=True)]
+        for of_clip in zip(batch.resumes, batch.returns, strict=True)
+    ]
 
 
 class _Reading:

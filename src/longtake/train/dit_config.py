@@ -117,6 +117,14 @@ class DiTTrainingConfig(ClipsPerStep):
         description="so many of these are, as far as there are any, chunks in which a panning camera brings "
         "back what the window has lost",
     )
+    long_pauses: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the panning ones among them whose camera stands still for longer than the "
+        "window holds and goes on, which rollouts often fail to; the clip teaches that, whoever teaches the "
+        "rest",
+    )
     long_rollouts: bool = Field(
         False,
         description="in place of such clips the network's own rollouts of their prompts, guided as served; "
@@ -152,6 +160,11 @@ class DiTTrainingConfig(ClipsPerStep):
                 f"long_rollouts=true with learns_from={self.learns_from!r} and clips_teach="
                 f"{self.clips_teach}: a network's own rollouts do not say what is right",
                 "set learns_from=parent or start, and leave long and returns out of clips_teach",
+            )
+        if self.long_rollouts and self.long_pauses > 0:
+            raise ConfigError(
+                f"long_pauses={self.long_pauses} of clips that long_rollouts=true replaces",
+                "set long_pauses=0, or long_rollouts=false",
             )
         if self.long_rollouts and self.num_long_clips == 0:
             raise ConfigError(

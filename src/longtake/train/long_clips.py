@@ -17,6 +17,7 @@ from longtake.train.excerpts import Excerpt, LatentCacheConfig, chunk_at, chunk_
 from longtake.train.latents import ClipEncoder, Clips, DrawnT
 from longtake.train.rendering import ClipRenderer, Rendered
 from longtake.world import Scene, sample_scene
+from longtake.world.motion import Camera, Paused
 
 _NUM_SEEDS = 1 << 30
 _LEVEL = 3  # whose scenes pan or have prompt switches
@@ -31,15 +32,17 @@ class LongBatch(Generic[DrawnT]):
         clips: they pan, or their prompts switch.
         learned: of every chunk whether it is learned from or only committed.
         returns: of every clip, of every chunk whether a panning camera brings something back in it.
+        resumes: likewise, whether a camera that has stood still goes on in it.
     """
 
     clips: DrawnT
     learned: tuple[bool, ...]
     returns: tuple[tuple[bool, ...], ...]
+    resumes: tuple[tuple[bool, ...], ...]
 
     def encoded(self, encoder: ClipEncoder) -> LongBatch[Clips]:
         """The same with clips as latents."""
-        return LongBatch(encoder.encode(self.clips), self.learned, self.returns)
+        return LongBatch(encoder.encode(self.clips), self.learned, self.returns, self.resumes)
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,10 @@ class LongSource:
         first_learned: the first chunk that may be: from which on something has left the window.
         num_returns: of the chunks that are learned from so many are, as far as there are any, ones in which a
             panning camera brings something back.
-        away_frames: pixel frames; what was out of view for longer counts as brought back.
+        away_frames: pixel frames that the window holds; what was out of view for longer counts as brought
+            back, and a camera that stood still for longer leaves nothing in it that moves with the view.
+        pauses: share of panning cameras that stand still for one to three times as long, at a random time,
+            and go on where a chunk begins; that chunk and the next are learned from.
     """
 
     renderer: ClipRenderer
@@ -64,6 +70,7 @@ class LongSource:
     first_learned: int
     num_returns: int = 0
     away_frames: int = 0
+    pauses: float = 0.0
 
     def draw(self, rng: np.random.Generator, count: int) -> LongBatch[Rendered]:
         """Clips that follow from the generator's state alone."""
@@ -76,8 +83,13 @@ class LongSource:
             )
             for _ in range(count)
         ]
+        resuming: list[set[int]] = [set() for _ in excerpts]
+        for row, item in enumerate(excerpts):
+            if self.pauses > 0 and _pans(item.scene) and rng.random() < self.pauses:
+                excerpts[row], chunk = self._paused(rng, item)
+                resuming[row] = {chunk, min(chunk + 1, self.num_chunks - 1)}
         returning = [self._returning(item.scene) for item in excerpts]
-        chosen = self._chosen(rng, set().union(*returning))
+        chosen = self._chosen(rng, set().union(*resuming), set().union(*returning))
         learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
         config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
         excerpts = [
@@ -87,13 +99,27 @@ class LongSource:
             )
             for item in excerpts
         ]
-        returns = tuple(tuple(chunk in of_clip for chunk in range(len(learned))) for of_clip in returning)
-        return LongBatch(self.renderer.render(excerpts, config), learned, returns)
+        returns, resumes = (
+            tuple(tuple(chunk in of_clip for chunk in range(len(learned))) for of_clip in chunks)
+            for chunks in (returning, resuming)
+        )
+        return LongBatch(self.renderer.render(excerpts, config), learned, returns, resumes)
 
-    def _chosen(self, rng: np.random.Generator, returning: set[int]) -> set[int]:
+    def _paused(self, rng: np.random.Generator, item: Excerpt) -> tuple[Excerpt, int]:
+        """A panning clip whose camera stands still on its way, and the chunk in which it goes on."""
+        (segment,) = item.scene.segments
+        assert isinstance(segment.camera, Camera), "no scene is sampled with another"
+        chunk = int(rng.integers(self.first_learned, self.num_chunks))
+        end = chunk_start(chunk, self.config.chunk_frames, self.renderer.stride)
+        begin = max(0, end - round(self.away_frames * rng.uniform(1, 3)))
+        segment = dataclasses.replace(segment, camera=Paused(segment.camera, begin, end - begin))
+        return dataclasses.replace(item, scene=dataclasses.replace(item.scene, segments=(segment,))), chunk
+
+    def _chosen(self, rng: np.random.Generator, resuming: set[int], returning: set[int]) -> set[int]:
         """The chunks that are learned from."""
-        some = rng.permutation(sorted(returning))[: min(self.num_returns, self.num_learned)]
-        chosen = {int(chunk) for chunk in some}
+        chosen = {int(chunk) for chunk in rng.permutation(sorted(resuming))[: self.num_learned]}
+        some = rng.permutation(sorted(returning - chosen))
+        chosen |= {int(chunk) for chunk in some[: min(self.num_returns, self.num_learned - len(chosen))]}
         late = [chunk for chunk in range(self.first_learned, self.num_chunks) if chunk not in chosen]
         others = min(self.num_learned - len(chosen), len(late))
         return chosen | {int(rng.choice(part)) for part in np.array_split(late, others or 1)[:others]}
@@ -101,7 +127,7 @@ class LongSource:
     def _returning(self, scene: Scene) -> set[int]:
         """Late chunks in which something comes into view again that was out of it for long."""
         stride, chunk_frames = self.renderer.stride, self.config.chunk_frames
-        if not any(segment.camera.panning for segment in scene.segments):
+        if not _pans(scene):
             return set()
         truth = scene.truth(0, chunk_start(self.num_chunks, chunk_frames, stride))
         found = set()
@@ -141,6 +167,10 @@ class LongSource:
             prompts.append((latent, segment.caption))
         whole = Scene(seed=seed, level=_LEVEL, aspect=scene.aspect, segments=tuple(segments))
         return Excerpt(whole, 0, tuple(prompts), True)
+
+
+def _pans(scene: Scene) -> bool:
+    return any(segment.camera.panning for segment in scene.segments)
 
 
 def first_late_chunk(history: HistoryConfig) -> int:

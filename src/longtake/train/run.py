@@ -348,6 +348,7 @@ def _long_clips(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRendere
         first_late_chunk(recipe.stream.history),
         config.num_long_returns,
         (recipe.stream.history.window_frames or 0) * recipe.vae_model.temporal_stride,
+        config.long_pauses,
     )
 
 

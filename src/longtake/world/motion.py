@@ -115,6 +115,30 @@ class Camera:
 
 
 @dataclass(frozen=True)
+class Paused:
+    """A view that stands still on a camera's way, and then goes on.
+
+    Attributes:
+        camera: Whose way it is.
+        begin: Frame number from which it stands.
+        num_frames: For how many it does.
+    """
+
+    camera: Camera
+    begin: int
+    num_frames: int
+
+    def offsets(self, frames: NDArray[np.int64]) -> Float64:
+        """Left edge of the view at the given frame numbers, [T]."""
+        return self.camera.offsets(frames - np.clip(frames - self.begin, 0, self.num_frames))
+
+    @property
+    def panning(self) -> bool:
+        """Whether the view moves at any time."""
+        return self.camera.panning
+
+
+@dataclass(frozen=True)
 class Glide:
     """A view that stands, glides to another place of the scene, and stands there.
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from longtake.world.captions import AWAY_PHRASE, BACK_PHRASE, Described, Split, write_caption
 from longtake.world.errors import WorldError
-from longtake.world.motion import Camera, Glide
+from longtake.world.motion import Camera, Glide, Paused
 from longtake.world.sampling import Draw, combinations, draw_hills, draw_object
 from longtake.world.scene import Scene, SceneObject, Segment
 from longtake.world.vocabulary import (
@@ -287,7 +287,7 @@ def _first(segment: Segment, start: int, stop: int, holds: Callable[[float], boo
     return stop
 
 
-def _share_in_view(item: SceneObject, camera: Camera | Glide, frame: int) -> float:
+def _share_in_view(item: SceneObject, camera: Camera | Glide | Paused, frame: int) -> float:
     """Share of an object's width in view, a pixel of blurred edge included; 0 where it is out."""
     times = np.array([frame])
     x = float(item.path.centers(times)[0, 0] - camera.offsets(times)[0])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from longtake.world.errors import WorldError
-from longtake.world.motion import Camera, Float64, Glide, Path
+from longtake.world.motion import Camera, Float64, Glide, Path, Paused
 from longtake.world.shapes import coverage, extents
 from longtake.world.vocabulary import (
     BACKGROUNDS,
@@ -90,7 +90,7 @@ class Segment:
     objects: tuple[SceneObject, ...]
     background: Background
     hills: Hills | None
-    camera: Camera | Glide
+    camera: Camera | Glide | Paused
     caption: str
 
 
