@@ -118,8 +118,9 @@ class LongSource:
     def _chosen(self, rng: np.random.Generator, resuming: set[int], returning: set[int]) -> set[int]:
         """The chunks that are learned from."""
         chosen = {int(chunk) for chunk in rng.permutation(sorted(resuming))[: self.num_learned]}
-        some = rng.permutation(sorted(returning - chosen))
-        chosen |= {int(chunk) for chunk in some[: min(self.num_returns, self.num_learned - len(chosen))]}
+        if self.num_returns > 0:
+            some = rng.permutation(sorted(returning - chosen))
+            chosen |= {int(chunk) for chunk in some[: min(self.num_returns, self.num_learned - len(chosen))]}
         late = [chunk for chunk in range(self.first_learned, self.num_chunks) if chunk not in chosen]
         others = min(self.num_learned - len(chosen), len(late))
         return chosen | {int(rng.choice(part)) for part in np.array_split(late, others or 1)[:others]}
