@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,7 @@ def test_rollouts_are_what_is_served_where_prompts_switch_too() -> None:
     torch.manual_seed(0)
     vae = TinyVAE(VAE).eval()
     stream = recipe().stream.replace(height=32, width=32, history=REMEMBERING, guidance=1.5)
-    made = OwnRollouts(vae, stream, SWITCH)(module, clips, seed=7)
+    made = OwnRollouts(vae, stream, SWITCH)(module, clips, 3, seed=7)
     assert made.prompts == clips.prompts
     assert made.latents_bfchw.shape == clips.latents_bfchw.shape
     assert not made.latents_bfchw.requires_grad
@@ -106,7 +107,7 @@ def test_the_teacher_sees_what_the_learner_made() -> None:
     module = networks(DIT.replace(memory=MEMORY))
     history = HISTORY.replace(policy=EvolvingConfig(mode="off"))
     cache = recipe().latents
-    draws = LongSource(renderer(), cache, 6, 2, 2)
+    draws = LongSource(renderer(), cache, 6, 2, 2, whole=False)
     steps = Steps(StepSources(config, long_clips=draws), clip_encoder())
     rolled: list[torch.Tensor] = []
 
@@ -150,10 +151,22 @@ def test_they_are_planned() -> None:
     module, vae = networks(made.dit_model), TinyVAE(VAE).eval()
     prompts = tuple(((0, text),) for text in CAPTIONS[:2])
     clips = dataclasses.replace(some_clips().select([0, 1]), prompts=prompts)
-    clips = dataclasses.replace(clips, latents_bfchw=torch.zeros(2, 12, 4, 2, 2))
     with counter() as count:
-        OwnRollouts(vae, made.stream, SWITCH)(module, clips, 0)
+        OwnRollouts(vae, made.stream, SWITCH)(module, clips, 6, 0)
     assert plan.flops["own rollouts"] == pytest.approx(count.get_total_flops(), rel=0.08)
     without = remembering(long_rollouts=False).plan("memory", Machine("cpu", 10**15))
     assert without is not None
     assert "own rollouts" not in without.flops
+    name = "encoding of fresh clips"
+    assert plan.flops[name] < without.flops[name]
+
+
+def test_of_what_they_replace_the_first_chunk_alone_is_rendered() -> None:
+    draws = LongSource(renderer(), recipe().latents, 6, 2, 2)
+    for seed in range(3):
+        whole = draws.draw(np.random.default_rng(seed), 2)
+        first = dataclasses.replace(draws, whole=False).draw(np.random.default_rng(seed), 2)
+        assert first.clips.prompts == whole.clips.prompts
+        assert first.learned == whole.learned
+        num_frames = 1 + (recipe().latents.chunk_frames - 1) * VAE.temporal_stride
+        assert torch.equal(first.clips.frames_bthwc, whole.clips.frames_bthwc[:, :num_frames])

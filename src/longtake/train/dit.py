@@ -101,12 +101,12 @@ class DiTTask:
             prompts += [text for of_clip in clips.prompts for _, text in of_clip]
             weights += [config.first_weight if num_chunks == 1 else 1.0] * num_chunks
         if drawn.long is not None:
-            clips = drawn.long.clips
+            clips, num_chunks = drawn.long.clips, len(drawn.long.learned)
             if self._own_rollouts is not None:
-                clips = self._own_rollouts(self.networks, clips, drawn.noise_seed)
+                clips = self._own_rollouts(self.networks, clips, num_chunks, drawn.noise_seed)
             late = self._walk(
                 clips,
-                len(drawn.long.learned),
+                num_chunks,
                 weight,
                 noise,
                 drawn.long.learned,

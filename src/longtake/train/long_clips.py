@@ -61,6 +61,7 @@ class LongSource:
             back, and a camera that stood still for longer leaves nothing in it that moves with the view.
         pauses: share of panning cameras that stand still for one to three times as long, at a random time,
             and go on where a chunk begins; that chunk and the next are learned from.
+        whole: clips are rendered to their end; else their first chunk alone, where a network makes the rest.
     """
 
     renderer: ClipRenderer
@@ -71,6 +72,7 @@ class LongSource:
     num_returns: int = 0
     away_frames: int = 0
     pauses: float = 0.0
+    whole: bool = True
 
     def draw(self, rng: np.random.Generator, count: int) -> LongBatch[Rendered]:
         """Clips that follow from the generator's state alone."""
@@ -91,11 +93,13 @@ class LongSource:
         returning = [self._returning(item.scene) for item in excerpts]
         chosen = self._chosen(rng, set().union(*resuming), set().union(*returning))
         learned = tuple(chunk in chosen for chunk in range(max(chosen) + 1))
-        config = self.config.replace(num_latent_frames=len(learned) * self.config.chunk_frames)
+        chunk_frames = self.config.chunk_frames
+        num_frames = len(learned) * chunk_frames
+        config = self.config.replace(num_latent_frames=num_frames if self.whole else chunk_frames)
         excerpts = [
             dataclasses.replace(
                 item,
-                prompts=tuple(prompt for prompt in item.prompts if prompt[0] < config.num_latent_frames),
+                prompts=tuple(prompt for prompt in item.prompts if prompt[0] < num_frames),
             )
             for item in excerpts
         ]

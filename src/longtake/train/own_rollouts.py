@@ -34,16 +34,18 @@ class OwnRollouts:
     switch: PromptSwitch
 
     @torch.no_grad()
-    def __call__(self, networks: TextToLatents, clips: Clips, seed: int) -> Clips:
-        """Clips of the same prompts and length, all of whose cells count alike.
+    def __call__(self, networks: TextToLatents, clips: Clips, num_chunks: int, seed: int) -> Clips:
+        """Clips of the same prompts, all of whose cells count alike.
 
         Args:
             networks: as they are.
-            clips: whose prompts switch where chunks begin.
+            clips: whose prompts switch where chunks begin; their latents do not matter.
+            num_chunks: of what is made.
             seed: of the noise.
         """
         pipeline = Pipeline(networks.dit, self.vae, networks.text, self.stream)
-        num_frames, chunk_frames = clips.latents_bfchw.shape[1], self.stream.history.chunk_frames
+        chunk_frames = self.stream.history.chunk_frames
+        num_frames = num_chunks * chunk_frames
         engine = Engine(pipeline, len(clips), max_frames=num_frames)
         states = [
             engine.open(prompts[0][1], seed * len(clips) + row) for row, prompts in enumerate(clips.prompts)
@@ -55,9 +57,10 @@ class OwnRollouts:
                     if frame == start > 0:
                         engine.set_prompt(state, self.switch.replace(text=text))
             made.append(torch.stack([chunk.latents for chunk in engine.advance(states, decode=False)]))
+        latents = torch.cat(made, dim=1)
         return dataclasses.replace(
             clips,
-            latents_bfchw=torch.cat(made, dim=1),
-            foreground_bfhw=torch.zeros_like(clips.foreground_bfhw),
+            latents_bfchw=latents,
+            foreground_bfhw=torch.zeros_like(latents[:, :, 0]),
             guide_bfkhw=None,
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.evictions import EvictionsConfig, EvictionsTask, batch_paths, build_evictions
-from longtake.train.excerpts import LatentCacheConfig, captions_of
+from longtake.train.excerpts import captions_of
 from longtake.train.fit import this_machine
 from longtake.train.latents import (
     ClipEncoder,
@@ -31,12 +30,9 @@ from longtake.train.latents import (
     ClipSource,
     ClipsPerStep,
     EncodedClips,
-    FreshClips,
     build_cache,
-    load_cache,
 )
 from longtake.train.layers import LayersConfig, LayersTask
-from longtake.train.long_clips import LongSource, first_late_chunk
 from longtake.train.loop import STOPPED_EARLY, Task, run
 from longtake.train.lora import merge_lora
 from longtake.train.networks import TextToLatents
@@ -44,9 +40,10 @@ from longtake.train.own_rollouts import OwnRollouts
 from longtake.train.parents import Parent, load_parent, without_memory
 from longtake.train.recall import RecallSource
 from longtake.train.recipe import Recipe, Stage
-from longtake.train.rendering import ClipRenderer, Rendered
+from longtake.train.rendering import ClipRenderer
 from longtake.train.samples import SampleRollouts
-from longtake.train.steps import Steps, StepSources
+from longtake.train.sources import clip_renderer, load_clips, step_sources
+from longtake.train.steps import Steps
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
 from longtake.train.warm_start import of_readers, warm_start
@@ -230,11 +227,7 @@ def _train_dit(
     seconds: float | None,
 ) -> dict[str, float]:
     history = recipe.history_of(stage)
-    renderer = _renderer(recipe, config)
-    first, whole, held_out = _load_clips(recipe, out, config, renderer)
-    sources = StepSources(
-        config, first, whole, _recall(recipe, config, renderer), _long_clips(recipe, config, renderer)
-    )
+    sources, held_out = step_sources(recipe, out, config)
     steps = Steps(sources, ClipEncoder(networks.require_vae()), recipe.num_workers)
     rollouts = _rollouts(recipe, networks, held_out.captions, config.num_chunks)
     parent = _parent(recipe, networks, stage, config)
@@ -316,42 +309,6 @@ def _readers(history: HistoryConfig) -> tuple[int, ...]:
     return policy.read_layers if isinstance(policy, EvolvingConfig) and policy.read_layers != "all" else ()
 
 
-def _renderer(recipe: Recipe, config: ClipsPerStep) -> ClipRenderer:
-    """Of a stage's fresh clips, with what its guide asks for."""
-    renderer = ClipRenderer(recipe.vae_model.temporal_stride, recipe.vae_model.spatial_stride)
-    if not isinstance(config, DiTTrainingConfig):
-        return renderer
-    return dataclasses.replace(renderer, guided=config.guided, ahead=config.guide_ahead)
-
-
-def _recall(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRenderer) -> RecallSource | None:
-    if config.num_recall_clips == 0:
-        return None
-    return RecallSource(
-        renderer,
-        recipe.latents,
-        recipe.stream.history,
-        config.recall_absence,
-        num_away=config.recall_away_chunks,
-        learned_share=config.recall_learned_share,
-    )
-
-
-def _long_clips(recipe: Recipe, config: DiTTrainingConfig, renderer: ClipRenderer) -> LongSource | None:
-    if config.num_long_clips == 0:
-        return None
-    return LongSource(
-        renderer,
-        recipe.latents,
-        config.num_long_chunks,
-        config.num_long_learned,
-        first_late_chunk(recipe.stream.history),
-        config.num_long_returns,
-        (recipe.stream.history.window_frames or 0) * recipe.vae_model.temporal_stride,
-        config.long_pauses,
-    )
-
-
 def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:
     stream, config = recipe.stream, recipe.trajectory
     clips = _encoded_clips(recipe, networks, out, config)
@@ -391,32 +348,10 @@ def _encoded_clips(
     recipe: Recipe, networks: _Networks, out: Path, config: ClipsPerStep
 ) -> tuple[ClipSource[Clips] | None, ClipSource[Clips] | None, Clips]:
     """As `_load_clips`, all of them as latents."""
-    first, whole, held_out = _load_clips(recipe, out, config, _renderer(recipe, config))
+    first, whole, held_out = load_clips(recipe, out, config, clip_renderer(recipe, config))
     encoder = ClipEncoder(networks.require_vae())
     encoded = [None if source is None else EncodedClips(source, encoder) for source in (first, whole)]
     return encoded[0], encoded[1], held_out
-
-
-def _load_clips(
-    recipe: Recipe, out: Path, config: ClipsPerStep, renderer: ClipRenderer
-) -> tuple[ClipSource[Clips | Rendered] | None, ClipSource[Clips | Rendered] | None, Clips]:
-    """First chunks and whole clips, where the stage reads any, and held-out clips."""
-    chunk_frames = recipe.stream.history.chunk_frames
-    num_frames = config.num_chunks * chunk_frames
-
-    def source(name: str, count: int, frames: int) -> ClipSource[Clips | Rendered] | None:
-        if count == 0:
-            return None
-        if config.fresh_clips:
-            like: LatentCacheConfig = getattr(recipe, name)
-            return FreshClips(renderer, like.replace(num_latent_frames=frames))
-        return load_cache(out / name, frames)
-
-    return (
-        source("first_latents", config.num_first_clips, chunk_frames),
-        source("latents", config.num_clips, num_frames),
-        load_cache(out / "held_out", num_frames),
-    )
 
 
 def _rollouts(

@@ -358,7 +358,9 @@ def _fresh_clips(sizes: Sizes, config: ClipsPerStep, arithmetic: Arithmetic) -> 
     stride, cost = sizes.vae.spatial_stride, Cost()
     walks = list(config.walks)
     if isinstance(config, DiTTrainingConfig):
-        walks += [(walk.num_clips, walk.num_chunks) for walk in _sparse_walks(sizes, config)]
+        for walk in _sparse_walks(sizes, config):
+            rolled = walk.kind == "long" and config.long_rollouts  # only the first chunk is rendered
+            walks.append((walk.num_clips, 1 if rolled else walk.num_chunks))
     for count, num_chunks in walks:
         frames = (
             count,
