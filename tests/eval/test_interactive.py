@@ -19,6 +19,7 @@ from longtake.eval.interactive_records import (
     InteractiveSummary,
 )
 from longtake.eval.interactive_summary import HOLD_FRAMES, arrival, latencies, summarize_source
+from longtake.eval.records import Shard
 from longtake.eval.source import TruthSource
 
 CONFIG = InteractiveConfig(streams=2, prompts=3, seconds_each=2)
@@ -88,6 +89,22 @@ def test_real_clips_arrive_at_once_and_leave_a_report(tmp_path: Path) -> None:
     assert again.generated == 0
     with pytest.raises(EvalError, match="another about"):
         run_interactive(CONFIG, (FaultySource("frozen"),), tmp_path)
+
+
+def test_shards_share_what_is_recorded_and_streams_are_added(tmp_path: Path) -> None:
+    config = CONFIG.replace(streams=3)
+    whole = run_interactive(config, (FaultySource("frozen"),), tmp_path / "whole")
+    assert whole is not None
+    out, parts = tmp_path / "parts", [FaultySource("frozen"), FaultySource("frozen")]
+    assert run_interactive(config, (parts[1],), out, shard=Shard(1, 2)) is None
+    assert parts[1].generated == 1
+    merged = run_interactive(config.replace(batch=1), (parts[0],), out, shard=Shard(0, 2))
+    assert parts[0].generated == 2
+    assert merged is not None
+    assert merged.sources == whole.sources
+    more = FaultySource("frozen")
+    assert run_interactive(config.replace(streams=5), (more,), out) is not None
+    assert more.generated == 2
 
 
 def test_ignored_and_late_switches_are_noticed(tmp_path: Path) -> None:

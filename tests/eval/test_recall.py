@@ -18,6 +18,7 @@ from longtake.eval.recall import PNG_NAME, SUMMARY_NAME, run_recall
 from longtake.eval.recall_records import PLACE_PX, RecallConfig, RecallRecord, scenes_of
 from longtake.eval.recall_summary import AbsenceFigures, RecallSummary, summarize
 from longtake.eval.recall_videos import ModelVideos, TruthVideos
+from longtake.eval.records import Shard
 from longtake.eval.script import Chunking
 from longtake.eval.source import TruthSource
 from longtake.history.compression import AverageConfig, PooledConfig
@@ -182,7 +183,7 @@ def test_every_frame_is_kept_with_its_phase(tmp_path: Path) -> None:
 
 
 def _records_in(out: Path) -> list[RecallRecord]:
-    lines = (out / "recall-model.jsonl").read_text().splitlines()[1:]
+    lines = (out / "recall-model-0of1.jsonl").read_text().splitlines()[1:]
     return [RecallRecord.model_validate_json(line) for line in lines]
 
 
@@ -237,7 +238,7 @@ def test_chance_is_what_other_targets_would_score(tmp_path: Path) -> None:
 
 def test_what_is_recorded_is_not_filmed_again(tmp_path: Path) -> None:
     figures("none", tmp_path)
-    path = tmp_path / "recall-model.jsonl"
+    path = tmp_path / "recall-model-0of1.jsonl"
     lines = path.read_text().split("\n")
     path.write_text("\n".join([*lines[:2], *lines[3:]]))  # the second scene's record is lost
     again = FaultyVideos("none")
@@ -248,6 +249,25 @@ def test_what_is_recorded_is_not_filmed_again(tmp_path: Path) -> None:
         run_recall(CONFIG, (FaultyVideos("moves"),), tmp_path)
     with pytest.raises(EvalError, match="share a name"):
         run_recall(CONFIG, (again, again), tmp_path)
+
+
+def test_shards_share_what_is_recorded(tmp_path: Path) -> None:
+    config = CONFIG.replace(scenes=6, absence=(1.0, 2.0))
+    whole = run_recall(config, (FaultyVideos("moves"),), tmp_path / "whole")
+    assert whole is not None
+    parts = [FaultyVideos("moves"), FaultyVideos("moves")]
+    told: list[tuple[str, int, int]] = []
+    out = tmp_path / "parts"
+    assert run_recall(config, (parts[0],), out, lambda *count: told.append(count), Shard(0, 2)) is None
+    assert parts[0].filmed == 8  # two of three pairs, of two absences
+    assert told[-1] == ("model", 8, 8)
+    merged = run_recall(config.replace(batch=2), (parts[1],), out, shard=Shard(1, 2))
+    assert parts[1].filmed == 4
+    assert merged is not None
+    assert merged.sources == whole.sources
+    more = FaultyVideos("moves")  # a run without shards adds scenes to what they have made
+    assert run_recall(config.replace(scenes=8), (more,), out) is not None
+    assert more.filmed == 4
 
 
 def film(text: str, scenes: Sequence[RecallScene], num_frames: int) -> NDArray[np.uint8]:

@@ -16,8 +16,9 @@ from longtake.eval import runner
 from longtake.eval.diversity import SPREADS
 from longtake.eval.errors import EvalError
 from longtake.eval.meter import Meter
+from longtake.eval.records import Shard
 from longtake.eval.report import HTML_NAME, PNG_NAME, heldout_rows
-from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, jobs, merge
+from longtake.eval.runner import WorldEvalConfig, evaluate, jobs, merge
 from longtake.eval.score import METRICS, Record
 from longtake.eval.source import TruthSource
 from longtake.eval.summary import Summary, summarize

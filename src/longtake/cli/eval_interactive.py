@@ -30,6 +30,7 @@ class Arguments(Config):
         sink: what a switch does with the first frames: keep them, encode them again or drop them.
         memory: what it does with the memory of models that have one; own: what the model does by itself.
         window: what it does with the last frames.
+        shard: this run's part as i/n, i from 0; the last one to finish writes the report.
     """
 
     level: Literal[1, 2] = 1
@@ -44,6 +45,7 @@ class Arguments(Config):
     sink: Literal["keep", "reencode", "drop"] = "keep"
     memory: Literal["own", "keep", "rebuild", "reset"] = "own"
     window: Literal["reencode", "keep"] = "reencode"
+    shard: str = "0/1"
 
 
 def run(arguments: Arguments) -> int:
@@ -51,18 +53,22 @@ def run(arguments: Arguments) -> int:
     from longtake.eval.interactive import run_interactive
     from longtake.eval.interactive_records import InteractiveConfig
     from longtake.eval.model import ModelSource, ceilings
+    from longtake.eval.records import Shard
     from longtake.stream.bundle import load_model
     from longtake.stream.state import PromptSwitch
     from longtake.world import FPS
 
-    config = config_of(InteractiveConfig, arguments)
+    config, shard = config_of(InteractiveConfig, arguments), Shard.parse(arguments.shard)
     make_directory(arguments.out)
     model = load_model(arguments.model_path)
     memory = model.pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
     policy = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
     subject = ModelSource(model.pipeline, model.card.name, policy)
     truth = ceilings(model.pipeline, config.level)[0]
-    summary = run_interactive(config, (subject, truth), arguments.out, Progress())
+    summary = run_interactive(config, (subject, truth), arguments.out, Progress(), shard)
+    if summary is None:
+        print(f"shard {arguments.shard} is done; the last one writes the report to {arguments.out}")
+        return 0
     for title, columns in (
         ("transitions left out", {name: item.mean_settled for name, item in summary.sources.items()}),
         ("with transitions", {name: item.mean_whole for name, item in summary.sources.items()}),

@@ -34,6 +34,7 @@ class Arguments(Config):
         sink: what a prompt switch does with the first frames: keep them, encode them again or drop them.
         memory: what it does with the memory; own: what the model does by itself.
         window: what it does with the last frames.
+        shard: this run's part as i/n, i from 0; the last one to finish writes the report.
     """
 
     scenes: int = Field(64, ge=2)
@@ -48,6 +49,7 @@ class Arguments(Config):
     sink: Literal["keep", "reencode", "drop"] = "keep"
     memory: Literal["own", "keep", "rebuild", "reset"] = "own"
     window: Literal["reencode", "keep"] = "reencode"
+    shard: str = "0/1"
 
 
 def run(arguments: Arguments) -> int:
@@ -57,11 +59,12 @@ def run(arguments: Arguments) -> int:
     from longtake.eval.recall import run_recall
     from longtake.eval.recall_records import RecallConfig
     from longtake.eval.recall_videos import ModelVideos, RecallVideos, TruthVideos
+    from longtake.eval.records import Shard
     from longtake.eval.source import TruthSource
     from longtake.stream.bundle import load_model
     from longtake.stream.state import PromptSwitch
 
-    config = config_of(RecallConfig, arguments)
+    config, shard = config_of(RecallConfig, arguments), Shard.parse(arguments.shard)
     model = load_model(arguments.model_path)
     memory = model.pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
     switch = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
@@ -75,7 +78,10 @@ def run(arguments: Arguments) -> int:
     size = (model.pipeline.config.height, model.pipeline.config.width)
     sources.append(TruthVideos(TruthSource(3, *size, chunking_of(model.pipeline))))
     make_directory(arguments.out)
-    summary = run_recall(config, sources, arguments.out, Progress())
+    summary = run_recall(config, sources, arguments.out, Progress(), shard)
+    if summary is None:
+        print(f"shard {arguments.shard} is done; the last one writes the report to {arguments.out}")
+        return 0
     for number, windows in enumerate(config.absence):
         items = {name: source.absences[number] for name, source in summary.sources.items()}
         seconds = items[summary.subject].seconds

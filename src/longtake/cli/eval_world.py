@@ -67,7 +67,8 @@ def run(arguments: Arguments) -> int:
     from longtake.eval.errors import EvalError
     from longtake.eval.model import ModelSource, ceilings
     from longtake.eval.policies import OWN, SWAPPED, with_policy
-    from longtake.eval.runner import Shard, WorldEvalConfig
+    from longtake.eval.records import Shard
+    from longtake.eval.runner import WorldEvalConfig
     from longtake.eval.score import SHARES
     from longtake.eval.source import TruthSource, VideoSource
     from longtake.eval.world import run_world_eval

@@ -22,7 +22,7 @@ from longtake.eval.interactive_records import (
 )
 from longtake.eval.interactive_summary import summarize_source
 from longtake.eval.meter import Meter
-from longtake.eval.records import RecordFile
+from longtake.eval.records import Shard, ShardedRecords
 from longtake.eval.runner import FIRST_EVAL_SEED, SEEDS_APART
 from longtake.eval.script import Script
 from longtake.eval.sheet import SheetKeeper
@@ -57,22 +57,38 @@ def run_interactive(
     sources: Sequence[VideoSource],
     out: Path,
     progress: Callable[[str, int, int], None] | None = None,
-) -> InteractiveSummary:
-    """Tests every source; writes `interactive.json`, `interactive.png` and contact sheets.
+    shard: Shard | None = None,
+) -> InteractiveSummary | None:
+    """Tests every source on one shard's streams; the last shard to finish writes `interactive.json` and
+    `interactive.png`.
 
-    Streams that are recorded in `out` are not generated again.
+    Streams that are recorded in `out` are not generated again; more of them can be added.
 
     Args:
         config: What to test.
         sources: The model first, then real clips to compare with.
         out: Directory; created if missing.
-        progress: Called with a source's name and its (finished, all) streams after every batch.
+        progress: Called with a source's name and its (finished, all) streams of the shard after every batch.
+        shard: Which part of the streams; all by default.
+
+    Returns:
+        The summary, or None while streams of other shards are missing.
 
     Raises:
         EvalError: `out` holds records of another test. PackageError: matplotlib (extra `eval`) is missing.
     """
     pyplot()  # a missing package is told before the work, not after
-    records = {source.name: _records(config, source, out, progress) for source in sources}
+    shard = shard or Shard()
+    files = {source.name: _file(config, source, out, shard) for source in sources}
+    found = {name: file.resume() for name, file in files.items()}  # refused before anything is generated
+    for source in sources:
+        _generate(config, source, files[source.name], found[source.name], shard, out, progress)
+    records = {}
+    for source in sources:
+        done = {record.index: record for record in files[source.name].read()}
+        if not all(index in done for index in range(config.streams)):
+            return None
+        records[source.name] = [done[index] for index in range(config.streams)]
     summary = InteractiveSummary(
         config=config,
         world_version=VERSION,
@@ -83,23 +99,32 @@ def run_interactive(
     return summary
 
 
-def _records(
-    config: InteractiveConfig,
-    source: VideoSource,
-    out: Path,
-    progress: Callable[[str, int, int], None] | None,
-) -> list[InteractiveRecord]:
-    comparable = config.replace(batch=InteractiveConfig().batch)  # the batch changes no result
+def _file(
+    config: InteractiveConfig, source: VideoSource, out: Path, shard: Shard
+) -> ShardedRecords[InteractiveRecord]:
+    plain = InteractiveConfig()  # neither the batch nor how many streams there are changes a stream
     header = {
-        "config": comparable.digest(),
+        "config": config.replace(batch=plain.batch, streams=plain.streams).digest(),
         "world": VERSION,
         "source": source.name,
         "about": source.about,
     }
-    file = RecordFile(out / f"interactive-{source.name}.jsonl", InteractiveRecord, header)
-    records = file.resume()
-    done = {record.index for record in records}
-    todo = [(index, *item) for index, item in enumerate(scripts_of(config)) if index not in done]
+    return ShardedRecords(out, f"interactive-{source.name}", shard, InteractiveRecord, header)
+
+
+def _generate(
+    config: InteractiveConfig,
+    source: VideoSource,
+    file: ShardedRecords[InteractiveRecord],
+    recorded: Sequence[InteractiveRecord],
+    shard: Shard,
+    out: Path,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    """Generates and records the shard's streams that no shard has recorded."""
+    mine = shard.of([(index, *item) for index, item in enumerate(scripts_of(config))])
+    done = {record.index for record in recorded}
+    todo = [item for item in mine if item[0] not in done]
     sheet = out / f"interactive-{source.name}.png"
     for begin in range(0, len(todo), config.batch):
         batch = todo[begin : begin + config.batch]
@@ -111,14 +136,12 @@ def _records(
             keeper.feed(chunk_bthwc)
             if meter.done:
                 break
-        fresh = [
+        file.append(
             record_of(index, seed, script, measured, source.chunking.frames)
             for (index, seed, _), script, measured in zip(batch, scripts, meter.results(), strict=True)
-        ]
-        file.append(fresh)
-        records += fresh
+        )
         if not sheet.exists():
             keeper.write(sheet, [script.text for script in scripts])
         if progress is not None:
-            progress(source.name, len(records), config.streams)
-    return sorted(records, key=lambda record: record.index)
+            left = len(todo) - begin - len(batch)
+            progress(source.name, len(mine) - left, len(mine))

@@ -1,13 +1,16 @@
 """Files of records: a header line that says what they belong to, then one line of JSON per finished stream.
 
-A run that finds its file goes on where it stopped; a line cut off by a crash is dropped.
+A run that finds its file goes on where it stopped; a line cut off by a crash is dropped. Shards of an
+evaluation write a file each, `<name>-<shard>of<shards>.jsonl`, and skip what any of them has finished.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -17,6 +20,31 @@ from longtake.eval.errors import EvalError
 from longtake.io.files import write_whole
 
 RecordT = TypeVar("RecordT", bound=Config)
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Part `index` of `count`."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Reads "i/n", i from 0.
+
+        Raises:
+            EvalError: Not of that form, or i is not below n.
+        """
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+            raise EvalError(f"shard {text!r} is not i/n with 0 <= i < n", "use for instance 0/4")
+        return cls(int(index), int(count))
+
+    def of(self, items: Sequence[ItemT]) -> Sequence[ItemT]:
+        """This part of all items."""
+        return items[self.index :: self.count]
 
 
 class RecordFile(Generic[RecordT]):
@@ -78,6 +106,52 @@ class RecordFile(Generic[RecordT]):
             except ConfigError as error:
                 raise EvalError(error.problem, f"delete line {number}") from error
         return records
+
+
+class ShardedRecords(Generic[RecordT]):
+    """The files of all shards of one evaluation, of which one is this run's.
+
+    Args:
+        out: Directory of the files.
+        name: What their names begin with.
+        shard: This run's.
+        kind: Class of the records.
+        header: As in `RecordFile`.
+    """
+
+    def __init__(
+        self, out: Path, name: str, shard: Shard, kind: type[RecordT], header: Mapping[str, object]
+    ) -> None:
+        self.out = out
+        self._names = re.compile(rf"{re.escape(name)}-\d+of\d+\.jsonl")
+        self._kind = kind
+        self._header = header
+        self._own = self._open(out / f"{name}-{shard.index}of{shard.count}.jsonl")
+
+    def resume(self) -> list[RecordT]:
+        """Starts or repairs this shard's file, and gives what all shards have finished.
+
+        Raises:
+            EvalError: The directory cannot be made, or a file holds other records.
+        """
+        self._own.resume()
+        return self.read()
+
+    def append(self, records: Iterable[RecordT]) -> None:
+        """Writes records of this shard through to the disk."""
+        self._own.append(records)
+
+    def read(self) -> list[RecordT]:
+        """The whole records of all shards.
+
+        Raises:
+            EvalError: As `RecordFile.read`.
+        """
+        files = sorted(path for path in self.out.iterdir() if self._names.fullmatch(path.name))
+        return [record for path in files for record in self._open(path).read()]
+
+    def _open(self, path: Path) -> RecordFile[RecordT]:
+        return RecordFile(path, self._kind, self._header)
 
 
 def read_lines(path: Path) -> tuple[dict[str, object], list[str]]:

@@ -16,9 +16,8 @@ from pydantic import Field, model_validator
 from longtake.config import Config
 from longtake.errors import ConfigError
 from longtake.eval.diversity import start_of
-from longtake.eval.errors import EvalError
 from longtake.eval.meter import Measured, Meter
-from longtake.eval.records import RecordFile
+from longtake.eval.records import Shard, ShardedRecords
 from longtake.eval.returns import LONGEST_ABSENCE_FRAMES
 from longtake.eval.score import METRICS, Record, assign, picked, score
 from longtake.eval.script import Script
@@ -101,26 +100,6 @@ class WorldEvalConfig(Config):
         if self.level == 3:
             return min(self.sample_every_frames, MAX_PANNING_SAMPLE_FRAMES)
         return self.sample_every_frames
-
-
-@dataclass(frozen=True)
-class Shard:
-    """Part `index` of `count`."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """Reads "i/n", i from 0.
-
-        Raises:
-            EvalError: Not of that form, or i is not below n.
-        """
-        index, slash, count = text.partition("/")
-        if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
-            raise EvalError(f"shard {text!r} is not i/n with 0 <= i < n", "use for instance 0/4")
-        return cls(int(index), int(count))
 
 
 @dataclass(frozen=True)
@@ -215,11 +194,11 @@ def evaluate(
         EvalError: `out` holds records of another evaluation, or cannot be written.
     """
     shard = shard or Shard()
-    file = _file(out / _records_name(source.name, shard), config, source)
-    mine = jobs(config)[shard.index :: shard.count]
-    records = file.resume()
-    done = {(record.kind, record.index, record.seed) for record in records}
-    todo = [job for job in mine if job.key not in done]
+    file = _records(config, source, out, shard)
+    mine = shard.of(jobs(config))
+    found = {(record.kind, record.index, record.seed): record for record in file.resume()}
+    records = [found[job.key] for job in mine if job.key in found]
+    todo = [job for job in mine if job.key not in found]
     for batch in _batches(todo, config.batch):
         keeper = None if sheet_path(out, source.name).exists() else SheetKeeper(batch[0].num_frames)
         fresh = _run_batch(config, source, batch, keeper)
@@ -234,10 +213,8 @@ def evaluate(
 
 def merge(config: WorldEvalConfig, source: Named, out: Path) -> list[Record] | None:
     """The records of all shards in job order, or None while some are missing."""
-    found: dict[tuple[str, int, int], Record] = {}
-    for path in sorted(out.glob(_records_name(source.name, None))):
-        for record in _file(path, config, source).read():
-            found[(record.kind, record.index, record.seed)] = record
+    recorded = _records(config, source, out, Shard()).read()
+    found = {(record.kind, record.index, record.seed): record for record in recorded}
     keys = [job.key for job in jobs(config)]
     return [found[key] for key in keys] if all(key in found for key in keys) else None
 
@@ -303,10 +280,5 @@ def sheet_path(out: Path, name: str) -> Path:
     return out / f"sheet-{name}.png"
 
 
-def _records_name(source: str, shard: Shard | None) -> str:
-    """Name of a shard's file; without one, the pattern of all."""
-    return f"{source}-*of*.jsonl" if shard is None else f"{source}-{shard.index}of{shard.count}.jsonl"
-
-
-def _file(path: Path, config: WorldEvalConfig, source: Named) -> RecordFile[Record]:
-    return RecordFile(path, Record, fingerprint(config, source))
+def _records(config: WorldEvalConfig, source: Named, out: Path, shard: Shard) -> ShardedRecords[Record]:
+    return ShardedRecords(out, source.name, shard, Record, fingerprint(config, source))

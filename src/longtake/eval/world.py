@@ -8,8 +8,9 @@ from pathlib import Path
 
 from longtake.errors import ConfigError
 from longtake.eval.errors import EvalError
+from longtake.eval.records import Shard
 from longtake.eval.report import write_report
-from longtake.eval.runner import Shard, WorldEvalConfig, evaluate, merge, pairable, sheet_path
+from longtake.eval.runner import WorldEvalConfig, evaluate, merge, pairable, sheet_path
 from longtake.eval.source import VideoSource
 from longtake.eval.summary import Other, Summary, summarize
 from longtake.io.plot import pyplot
