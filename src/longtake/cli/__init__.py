@@ -44,6 +44,9 @@ COMMANDS: Final[Mapping[str, Command]] = MappingProxyType(
         "eval gallery": Command(
             "write sample clips of a model next to real ones", "longtake.cli.eval_gallery"
         ),
+        "eval conversion": Command(
+            "measure what latent attention of one rank after another loses", "longtake.cli.eval_conversion"
+        ),
         "eval detectors": Command(
             "measure the world's detectors where truth is known", "longtake.cli.eval_detectors"
         ),

@@ -60,11 +60,11 @@ def convert_bundle(
     samples = None
     if config.num_tokens > 0:
         if prompts is None:
-            prompts = _captions(networks["text"], config.seed)
+            prompts = captions_for(networks["text"], config.seed)
         progress(f"{config.num_chunks} chunks under {len(prompts)} prompts")
-        samples = _tokens_of(card.stream, networks, prompts, config)
+        samples = tokens_of(pipeline_of(card.stream, networks), prompts, config)
     state = dit.state_dict()
-    plan, weights, report = _converted(plan, state, samples, config, str(path), progress)
+    plan, weights, report = converted(plan, state, samples, config, str(path), progress)
     made = DiT(plan.config)
     _check_policy(made, card.stream, networks)
     load_into(made, {name: t for name, t in state.items() if not is_replaced(name)} | weights, "conversion")
@@ -114,7 +114,7 @@ def convert_weights(
     if calibration is not None and config.num_tokens > 0:
         progress(f"{config.num_chunks} chunks a stream for {config.num_tokens} tokens of every layer")
         samples = _tokens_of_bare(bare, calibration, config)
-    plan, weights, report = _converted(plan, bare.state, samples, config, bare.source, progress)
+    plan, weights, report = converted(plan, bare.state, samples, config, bare.source, progress)
     kept = {name: tensor for name, tensor in bare.state.items() if not is_replaced(name)}
     progress(f"writing {out}")
     _write_bare(out, plan.config, {**kept, **weights}, bare)
@@ -177,7 +177,7 @@ def _check_policy(dit: DiT, stream: StreamConfig, networks: nn.ModuleDict) -> No
     dit.policy(stream.history.policy, dit.token_grid(stream.height // stride, stream.width // stride))
 
 
-def _converted(
+def converted(
     plan: Plan,
     state: Mapping[str, Tensor],
     samples: list[Samples] | None,
@@ -185,6 +185,17 @@ def _converted(
     source: str,
     progress: Progress,
 ) -> tuple[Plan, dict[str, Tensor], ConversionReport]:
+    """The plan with ranks chosen, the weights of the new self-attention, and the report.
+
+    Args:
+        plan: what to make. ``state``: of the dense network, under our names.
+        samples: of every layer tokens that enter it; None for methods that can do without.
+        config: how ranks are chosen. ``source``: what the report names.
+        progress: told in words what goes on.
+
+    Raises:
+        ConfigError: ranks that do not fit.
+    """
     num_tokens, num_held_out = (
         (len(samples[0].fitted_nw), len(samples[0].held_out_nw)) if samples is not None else (0, 0)
     )
@@ -221,7 +232,7 @@ def _converted(
     )
 
 
-def _captions(text: nn.Module, seed: int) -> list[str]:
+def captions_for(text: nn.Module, seed: int) -> list[str]:
     """Of the world, of all its levels, those that a text encoder reads whole."""
     assert isinstance(text, TinyTextEncoder)
     read: list[str] = []
@@ -239,14 +250,18 @@ def _captions(text: nn.Module, seed: int) -> list[str]:
     return read
 
 
-def _tokens_of(
-    stream: StreamConfig, networks: nn.ModuleDict, prompts: list[str], config: ConvertConfig
-) -> list[Samples]:
+def pipeline_of(stream: StreamConfig, networks: nn.ModuleDict) -> Pipeline:
+    """The networks of one of our model files, to be streamed."""
     dit, vae, text = networks["dit"], networks["vae"], networks["text"]
     assert isinstance(dit, DiT)
     assert isinstance(vae, TinyVAE)
     assert isinstance(text, TinyTextEncoder)
-    pipeline = Pipeline(dit, vae, text, stream)
+    return Pipeline(dit, vae, text, stream)
+
+
+def tokens_of(pipeline: Pipeline, prompts: list[str], config: ConvertConfig) -> list[Samples]:
+    """Of every layer tokens that enter it while a model generates, under no prompt too where it is guided."""
+    stream = pipeline.config
     named = [*prompts, stream.negative_prompt] if stream.guidance is not None else prompts
     texts = [pipeline.encode_prompt(prompt) for prompt in named]
     return sample_tokens(

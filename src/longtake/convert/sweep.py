@@ -1,0 +1,300 @@
+"""What a model loses when it is converted at one rank after another, before any tuning: bytes against errors.
+
+Judged by the whole network, not by its layers alone: the dense model streams under captions that nothing was
+fitted to; at some noise levels of every chunk it and its conversion say what the flow is, each over its own
+cache of the same past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from longtake.cache.quantized import KeyStorage, Storage
+from longtake.config import Config
+from longtake.convert.files import captions_for, converted, pipeline_of, tokens_of
+from longtake.convert.network import Plan, is_replaced
+from longtake.convert.settings import ConvertConfig
+from longtake.diffusion.flow import NUM_TRAIN_STEPS, Steps, add_noise
+from longtake.diffusion.sampler import chunk_noise, context_pass, sample_chunk
+from longtake.errors import CheckpointError, ConfigError
+from longtake.history.base import HistoryConfig
+from longtake.history.pure import PureHistory
+from longtake.io.checkpoints import load_into
+from longtake.io.plot import pyplot
+from longtake.models.dit import DiT, TextContext
+from longtake.stream.bundle import load_networks
+
+PAPER_SAVED: Final = 0.927
+"""Of VideoMLA (arXiv 2605.30351)."""
+_SIGMAS: Final = (0.9, 0.6, 0.3)
+_FAR: Final = 1 << 20
+"""Between the seeds of what is fitted to and what is judged."""
+_STORED: Final[dict[str, tuple[Storage, KeyStorage]]] = {
+    "fp8": ("fp8", "full"),
+    "int4": ("int4", "full"),
+    "int4, key in fp8": ("int4", "fp8"),
+}
+
+
+class SweepConfig(Config):
+    """What to convert, and how to judge it.
+
+    Attributes:
+        ranks: one for all layers, in bf16. At the bytes of each, ranks are chosen for every layer as well.
+        max_losses: shares of keys and values that no layer may lose: ranks are chosen for each.
+        stored_rank: whose latents are stored in fewer bits too.
+        num_streams, num_chunks: of the dense model, for the flow's error.
+        conversion: the rest.
+    """
+
+    ranks: tuple[int, ...] = Field((8, 16, 24, 32, 48, 64, 96), min_length=1)
+    max_losses: tuple[float, ...] = (0.2, 0.1, 0.05)
+    stored_rank: int | None = Field(32, ge=1)
+    num_streams: int = Field(8, ge=1)
+    num_chunks: int = Field(6, ge=1)
+    conversion: ConvertConfig = ConvertConfig()
+
+    @model_validator(mode="after")
+    def _decides_on_ranks(self) -> SweepConfig:
+        told = self.conversion
+        if told.kv_rank is not None or told.chooses or told.storage != "full" or told.key_storage != "full":
+            raise ConfigError(
+                "the sweep decides on ranks and storage itself",
+                "leave kv_rank, budget_bytes, max_loss and storage out of conversion",
+            )
+        return self
+
+
+class SweepPoint(Config):
+    """One conversion.
+
+    Attributes:
+        kind: "one rank", "automatic" (ranks chosen for the same bytes), "max loss", or a storage.
+        asked: the rank, its bytes, or the loss.
+        ranks: of the layers.
+        bytes: that a token leaves in all layers' caches, in bf16 where nothing else is said.
+        saved: share of the dense model's bytes that is gone.
+        predicted_loss, kv_error: of keys and values, as errors matter, mean over layers, see `LayerReport`.
+        flow_error: share of the variance of the dense model's flow.
+    """
+
+    kind: str
+    asked: float
+    ranks: tuple[int, ...]
+    bytes: int
+    saved: float
+    predicted_loss: float | None
+    kv_error: float | None
+    flow_error: float
+
+    @property
+    def losses(self) -> tuple[float | None, float | None, float]:
+        """Predicted, of keys and values, and of the flow."""
+        return self.predicted_loss, self.kv_error, self.flow_error
+
+
+class SweepReport(Config):
+    """A sweep.
+
+    Attributes:
+        source: of the dense weights. ``config``: of the sweep. ``dense_bytes``: a token's in bf16.
+        points: one a conversion.
+    """
+
+    source: str
+    config: SweepConfig
+    dense_bytes: int
+    points: tuple[SweepPoint, ...]
+
+
+class FlowProbe:
+    """Streams of a dense model, and what it says the flow is at some noise levels of every chunk.
+
+    Args:
+        dense: the network.
+        texts: a prompt for each stream.
+        history, steps: of its streams. ``latent_shape``: channels, height, width.
+        num_chunks: of every stream. ``seed``: of noise.
+    """
+
+    def __init__(
+        self,
+        dense: DiT,
+        texts: Sequence[TextContext],
+        history: HistoryConfig,
+        steps: Steps,
+        latent_shape: tuple[int, int, int],
+        num_chunks: int,
+        seed: int,
+    ) -> None:
+        self._text = TextContext.stack(list(texts))
+        self._history, self._grid = history, dense.token_grid(*latent_shape[1:])
+        shape = (history.chunk_frames, *latent_shape)
+        seeds = [seed + row for row in range(len(texts))]
+        self._chunks: list[Tensor] = []
+        self._noise: list[list[Tensor]] = []
+        device = dense.patch_embedding.weight.device
+        past = self._past(dense)
+        with torch.no_grad():
+            for chunk in range(num_chunks):
+                indices = [chunk] * len(seeds)
+                view = past.view()
+                noise = chunk_noise(seeds, indices, len(steps.timesteps), shape)
+                clean = sample_chunk(dense, self._text, view, [each.to(device) for each in noise], steps)
+                past = past.commit(context_pass(dense, self._text, view, clean))
+                fresh = chunk_noise([each + _FAR for each in seeds], indices, len(_SIGMAS), shape)
+                self._chunks.append(clean)
+                self._noise.append([each.to(device) for each in fresh])
+        self._flows = self._flows_of(dense)
+
+    def error_of(self, dit: DiT) -> float:
+        """Of another network's flow, as a share of the variance of the dense one's."""
+        wrong = torch.stack([(flow - truth).square().mean() for flow, truth in self._pairs(dit)])
+        spread = torch.stack([(truth - truth.mean()).square().mean() for truth in self._flows])
+        return float(wrong.mean() / spread.mean())
+
+    def _pairs(self, dit: DiT) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._flows_of(dit), self._flows, strict=True))
+
+    def _past(self, dit: DiT) -> PureHistory:
+        policy = dit.policy(self._history.policy, self._grid)
+        device = dit.patch_embedding.weight.device
+        return PureHistory(self._history, dit.cache_spec(), self._grid, policy, device)
+
+    @torch.no_grad()
+    def _flows_of(self, dit: DiT) -> list[Tensor]:
+        past, flows = self._past(dit), []
+        for clean, noise in zip(self._chunks, self._noise, strict=True):
+            view = past.view()
+            for sigma, fresh in zip(_SIGMAS, noise, strict=True):
+                times = clean.new_full(clean.shape[:2], sigma * NUM_TRAIN_STEPS)
+                flow, _ = dit(add_noise(clean, fresh, sigma), times, self._text, view)
+                flows.append(flow)
+            past = past.commit(context_pass(dit, self._text, view, clean))
+        return flows
+
+
+def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) -> SweepReport:
+    """Converts one of our dense model files again and again; writes nothing.
+
+    Args:
+        path: of the model. ``config``: what to convert. ``progress``: told in words what goes on.
+
+    Raises:
+        CheckpointError: unreadable, or latent already. ConfigError: ranks that do not fit.
+    """
+    card, networks = load_networks(path)
+    if card.dit.latent is not None:
+        raise CheckpointError(f"{path}: the model's attention is latent already", "give a dense model")
+    networks.eval().requires_grad_(False)
+    dense, wanted = networks["dit"], config.conversion
+    assert isinstance(dense, DiT)
+    for rank in (*config.ranks, *(() if config.stored_rank is None else (config.stored_rank,))):
+        asked = wanted.replace(kv_rank=rank)
+        Plan(card.dit, asked.latent(card.dit), asked.method)  # refused before anything is generated
+    pipeline = pipeline_of(card.stream, networks)
+    samples = None
+    if wanted.num_tokens > 0:
+        progress("tokens to be fitted to")
+        samples = tokens_of(pipeline, captions_for(networks["text"], wanted.seed), wanted)
+    progress("streams to be judged by")
+    prompts = captions_for(networks["text"], wanted.seed + _FAR)[: config.num_streams]
+    probe = FlowProbe(
+        dense,
+        [pipeline.encode_prompt(prompt) for prompt in prompts],
+        card.stream.history,
+        card.stream.schedule.resolve(),
+        pipeline.latent_shape[1:],
+        config.num_chunks,
+        wanted.seed + _FAR,
+    )
+    state = dense.state_dict()
+    points: list[SweepPoint] = []
+    dense_bytes = 0
+
+    def take(kind: str, asked: float, settings: ConvertConfig) -> SweepPoint:
+        nonlocal dense_bytes
+        plan = Plan(card.dit, settings.latent(card.dit), settings.method, settings.seed)
+        plan, weights, report = converted(plan, state, samples, settings, str(path), lambda _: None)
+        dit = DiT(plan.config).eval().requires_grad_(False)
+        load_into(dit, {n: t for n, t in state.items() if not is_replaced(n)} | weights, "conversion")
+        dense_bytes = report.dense_bytes
+        point = SweepPoint(
+            kind=kind,
+            asked=asked,
+            ranks=plan.latent.ranks(card.dit.num_layers),
+            bytes=report.latent_bytes,
+            saved=report.saved,
+            predicted_loss=_mean([row.predicted_loss for row in report.layers]),
+            kv_error=_mean([row.kv_error for row in report.layers]),
+            flow_error=probe.error_of(dit),
+        )
+        points.append(point)
+        progress(line(point))
+        return point
+
+    for rank in config.ranks:
+        point = take("one rank", rank, wanted.replace(kv_rank=rank))
+        take("automatic", point.bytes, wanted.replace(budget_bytes=point.bytes))
+    for loss in config.max_losses:
+        take("max loss", loss, wanted.replace(max_loss=loss))
+    if config.stored_rank is not None:
+        for name, (storage, key) in _STORED.items():
+            stored = wanted.replace(kv_rank=config.stored_rank, storage=storage, key_storage=key)
+            take(name, config.stored_rank, stored)
+    return SweepReport(source=str(path), config=config, dense_bytes=dense_bytes, points=tuple(points))
+
+
+def line(point: SweepPoint) -> str:
+    """A conversion in a line."""
+    shares = (100 * point.saved, *(100 * v if v is not None else None for v in point.losses))
+    told = "".join(f"{value:>11.1f}" if value is not None else f"{'-':>11}" for value in shares)
+    ranks = f"{min(point.ranks)} to {max(point.ranks)}" if len(set(point.ranks)) > 1 else str(point.ranks[0])
+    return f"{point.kind:<18}{point.asked:>8g}{ranks:>12}{point.bytes:>8}{told}"
+
+
+def heading() -> str:
+    """Above such lines; shares are in percent."""
+    shares = "".join(f"{name:>11}" for name in ("saved", "predicted", "k and v", "flow"))
+    return f"{'kind':<18}{'asked':>8}{'ranks':>12}{'bytes':>8}{shares}"
+
+
+def draw(report: SweepReport, path: Path) -> None:
+    """The flow's error against the cache that is left.
+
+    Raises:
+        PackageError: matplotlib is not installed.
+    """
+    plt = pyplot()
+    figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
+    for kind, style in (("one rank", "o-"), ("automatic", "s--")):
+        chosen = [point for point in report.points if point.kind == kind]
+        axis.plot([p.bytes for p in chosen], [p.flow_error for p in chosen], style, markersize=4, label=kind)
+    others = [point for point in report.points if point.kind not in ("one rank", "automatic")]
+    for point in others:
+        axis.plot([point.bytes], [point.flow_error], "k^", markersize=4)
+        text = f"{point.kind} {point.asked:g}"
+        axis.annotate(text, (point.bytes, point.flow_error), (4, 4), textcoords="offset points", fontsize=7)
+    marked = report.dense_bytes * (1 - PAPER_SAVED)
+    axis.axvline(marked, color="gray", linewidth=0.8, linestyle=":")
+    axis.text(marked, axis.get_ylim()[1], f" -{100 * PAPER_SAVED:.1f} %", fontsize=8, va="top")
+    axis.set_xscale("log")
+    axis.set_xlabel(f"bytes a token leaves in all layers' caches (dense: {report.dense_bytes})")
+    axis.set_ylabel("error of the flow, share of its variance, untuned")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

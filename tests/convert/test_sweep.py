@@ -1,0 +1,70 @@
+"""`longtake eval conversion`: more bytes lose less, and what cannot be is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from longtake.cli import main
+from longtake.convert.sweep import FlowProbe, SweepConfig, run_sweep
+from longtake.errors import CheckpointError, ConfigError
+from longtake.stream.bundle import load_model
+from model_file import write_model
+
+
+def sweep(source: Path, out: Path, *more: str) -> int:
+    few = ("--num-tokens", "300", "--num-streams", "2", "--num-chunks", "2", "--max-losses", "0.4")
+    return main(["eval", "conversion", str(source), "--out", str(out), *few, *more])
+
+
+def test_more_bytes_lose_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_model(tmp_path / "dense.safetensors"), tmp_path / "sweep"
+    assert sweep(source, out, "--ranks", "2", "8", "24", "--stored-rank", "8") == 0
+    report = json.loads((out / "conversion.json").read_text())
+    assert (out / "conversion.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    points = {(point["kind"], point["asked"]): point for point in report["points"]}
+    plain = [points["one rank", rank] for rank in (2, 8, 24)]
+    assert [point["bytes"] for point in plain] == [2 * 2 * (rank + 6) for rank in (2, 8, 24)]
+    errors = [point["kv_error"] for point in plain]
+    assert 1 > errors[0] > errors[1] > errors[2] > 0
+    assert all(1 > point["flow_error"] > 0 for point in plain)
+    for point in plain:
+        assert point["saved"] == pytest.approx(1 - point["bytes"] / report["dense_bytes"])
+        chosen = points["automatic", point["bytes"]]
+        assert chosen["bytes"] <= point["bytes"]
+        assert chosen["predicted_loss"] <= point["predicted_loss"] + 1e-9
+    assert points["max loss", 0.4]["predicted_loss"] <= 0.4
+    stored = points["int4", 8]
+    assert stored["bytes"] < plain[1]["bytes"]
+    assert stored["kv_error"] == plain[1]["kv_error"]  # of the weights, which are the same
+    assert stored["flow_error"] != plain[1]["flow_error"]  # of what is read from the cache
+    told = capsys.readouterr().err
+    assert told.count("one rank") == 3
+
+
+def test_a_network_is_at_no_distance_from_itself(tmp_path: Path) -> None:
+    pipeline = load_model(str(write_model(tmp_path / "dense.safetensors"))).pipeline
+    stream, dit = pipeline.config, pipeline.dit
+    texts = [pipeline.encode_prompt("a red circle"), pipeline.encode_prompt("a blue star")]
+    probe = FlowProbe(
+        dit, texts, stream.history, stream.schedule.resolve(), pipeline.latent_shape[1:], num_chunks=3, seed=0
+    )
+    assert probe.error_of(dit) == 0
+    with torch.no_grad():
+        dit.blocks[0].self_attn.o.weight.mul_(0.9)  # type: ignore[union-attr,operator]
+    assert 0 < probe.error_of(dit) < 1
+
+
+def test_what_cannot_be_swept_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_model(tmp_path / "dense.safetensors"), tmp_path / "sweep"
+    assert sweep(source, out, "--ranks", "200") == 2
+    assert "kv_rank=200 exceeds a width of 24" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="decides on ranks"):
+        SweepConfig.model_validate({"conversion": {"kv_rank": 3}})
+    latent = tmp_path / "latent.safetensors"
+    assert main(["convert", str(source), "--out", str(latent), "--num-tokens", "300", "--kv-rank", "6"]) == 0
+    with pytest.raises(CheckpointError, match="latent already"):
+        run_sweep(latent, SweepConfig(), lambda _: None)
