@@ -72,6 +72,29 @@ def test_gradients_flow_through_the_layers_own_past() -> None:
     assert all(parameter.grad is not None for parameter in made.module.parameters())
 
 
+def test_a_dense_start_is_converted_once(tmp_path: Path) -> None:
+    dense, out = recipe(), tmp_path / "mended"
+    train(dense, tmp_path / "dense", stages=("vae", "latents", "first", "export"))
+    parent = tmp_path / "dense" / "toy.safetensors"
+    mended = dense.replace(
+        name="mended",
+        parent=str(parent),
+        warm_start=str(parent),
+        dit_model=dense.dit_model.replace(latent=LATENT),
+        layers=LayersConfig(loop=loop(1), num_clips=2, num_chunks=2),
+    )
+    told: list[str] = []
+    train(mended, out, stages=("latents", "layers"), tell=told.append)
+    assert told[-1] == "conversion: layer 2 of 2"
+    [converted] = out.glob("converted-*.safetensors")
+    assert load_model(str(converted)).card.dit.latent == LATENT
+    told.clear()
+    train(mended, out, stages=("layers", "export"), tell=told.append)
+    assert not told
+    train(mended.replace(seed=1), out, stages=("latents",), tell=told.append)
+    assert len(list(out.glob("converted-*.safetensors"))) == 2
+
+
 def test_a_model_is_converted_mended_and_exported(tmp_path: Path) -> None:
     dense = recipe()
     train(dense, tmp_path / "dense", stages=("vae", "latents", "first", "export"))

@@ -89,7 +89,7 @@ def run(arguments: Arguments) -> int:
     if isinstance(recipe, DistillationRecipe):
         figures = distil(recipe, out, chosen or None, seconds, memory_gb, tell)
     else:
-        figures = train(recipe, out, chosen or None, seconds, memory_gb)
+        figures = train(recipe, out, chosen or None, seconds, memory_gb, tell)
     for figure, amount in figures.items():
         print(f"{figure}: {amount:g}", file=sys.stderr)
     print(out)

@@ -242,15 +242,15 @@ def tiny_128() -> Recipe:
 
 
 def tiny_latent() -> Recipe:
-    """The small model with latent attention, its memory beside that: first `longtake convert tiny`; this
-    mends what that lost.
+    """The small model with latent attention, its memory beside that: the dense one converted, and mended of
+    what that lost.
     """
     dense = tiny()
     return dense.replace(
         name="tiny-latent",
         base="tiny",
         parent="tiny",
-        warm_start="outputs/latent.safetensors",
+        warm_start="tiny",
         stages=("latents", "layers", "memory", "export"),
         dit_model=dense.dit_model.replace(
             latent=LatentConfig(kv_rank=32, query_rank=None, nope_dim=24, rope_bands=(2, 1, 1))

@@ -121,7 +121,7 @@ def check_parts(recipe: Recipe, stages: Collection[str]) -> None:
         raise ConfigError(
             f"stage layers teaches latent attention what a dense parent answers, but dit_model.latent="
             f"{recipe.dit_model.latent} and parent={recipe.parent!r}",
-            "set both, with warm_start to what `longtake convert` made of the parent",
+            "set both, and warm_start to the parent or to what `longtake convert` made of it",
         )
     if recipe.needs_parent(stages) and recipe.parent is None:
         raise ConfigError(

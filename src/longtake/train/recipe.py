@@ -56,7 +56,8 @@ class Recipe(Config):
 
     Args:
         warm_start: model name or file whose weights the networks start from, also where the recipe's have
-            grown (see `train.warm_start`); None starts from scratch.
+            grown (see `train.warm_start`), or their attention has become latent: then it is converted first
+            (`train.start`). None starts from scratch.
         base: name of a shipped model, or of one beside the exported file: what the model shares with it is
             not exported again. None exports everything.
         device: where networks are trained; on a CUDA device the stages latents, first, windows, memory and

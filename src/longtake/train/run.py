@@ -16,7 +16,7 @@ from longtake.io.checkpoints import load_into, read_safetensors, weights_digest,
 from longtake.models.dit import DiT
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
-from longtake.stream.bundle import load_networks, resolve_model, save_model
+from longtake.stream.bundle import load_networks, save_model
 from longtake.train.dit import DiTTask
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd import DMDTask
@@ -43,6 +43,7 @@ from longtake.train.recipe import Recipe, Stage
 from longtake.train.rendering import ClipRenderer
 from longtake.train.samples import SampleRollouts
 from longtake.train.sources import clip_renderer, load_clips, step_sources
+from longtake.train.start import start_of
 from longtake.train.steps import Steps
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
@@ -66,6 +67,7 @@ def train(
     stages: Sequence[str] | None = None,
     stop_after_seconds: float | None = None,
     memory_gb: float | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Run a recipe's stages, going on where `out` shows an earlier run stopped.
 
@@ -75,6 +77,7 @@ def train(
         stages: a part of the recipe's stages; those before must have left their weights in `out`.
         stop_after_seconds: per stage; a stage that stops early ends the run, to be resumed later.
         memory_gb: that training may count on; what this machine has available where None.
+        tell: in words, what goes on before the first stage.
 
     Returns:
         the last stage's evaluation.
@@ -88,7 +91,7 @@ def train(
         # Refused now rather than after other stages.
         load_parent(recipe, same_memory="layers" in (stages or recipe.stages))
     torch.manual_seed(recipe.seed)
-    networks = _Networks(recipe, out)
+    networks = _Networks(recipe, out, tell=tell)
     actions: dict[str, Callable[[], dict[str, float]]] = {
         "vae": lambda: _train_vae(recipe, networks, out, stop_after_seconds),
         "latents": lambda: _cache_latents(recipe, networks, out),
@@ -113,24 +116,31 @@ def train(
 class _Networks:
     """The networks of a run, each as the newest finished stage left it, or the newest before a given one."""
 
-    def __init__(self, recipe: Recipe, out: Path, before: Stage | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        before: Stage | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
         self.out = out
         self.remembers = False  # whether the memory it starts with was trained
         self.vae: TinyVAE = TinyVAE(recipe.vae_model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.text_to_latents = TextToLatents(TinyTextEncoder(recipe.text_model), DiT(recipe.dit_model))
         for module in (self.vae, self.text_to_latents):
             module.to(recipe.device)
-        if recipe.warm_start is not None:
-            card, start = load_networks(resolve_model(recipe.warm_start))
-            warm_start(self.vae, start["vae"].state_dict(), recipe.warm_start)
-            warm_start(self.text_to_latents.text, start["text"].state_dict(), recipe.warm_start)
+        path = start_of(recipe, out, tell)
+        if path is not None:
+            card, start = load_networks(path)
+            warm_start(self.vae, start["vae"].state_dict(), str(path))
+            warm_start(self.text_to_latents.text, start["text"].state_dict(), str(path))
             weights: Mapping[str, Tensor] = start["dit"].state_dict()
             self.remembers = any(name.startswith("memory.") for name in weights)
             readers = [_readers(model.stream.history) for model in (card, recipe)]
             if card.dit.memory is not None and card.dit.memory.num_readings == len(readers[0]):
                 weights = of_readers(weights, *readers)
-            warm_start(self.text_to_latents.dit, weights, recipe.warm_start)
-        self._warm = recipe.warm_start is not None
+            warm_start(self.text_to_latents.dit, weights, str(path))
+        self._warm = path is not None
         self.knows = self._warm  # whether text encoder and DiT, at `before`, were trained at all
         for stage in ("vae", "decoder"):
             self._restore(stage, self.vae)

@@ -1,0 +1,56 @@
+"""The file that a recipe's networks start from: what its `warm_start` names, converted where that is dense
+and the recipe's attention is latent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from longtake.convert.files import convert_bundle
+from longtake.convert.settings import ConvertConfig
+from longtake.io.checkpoints import read_safetensors, weights_digest
+from longtake.models.latent_config import LatentConfig
+from longtake.stream.bundle import read_card, resolve_model
+from longtake.train.recipe import Recipe
+
+
+def start_of(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> Path | None:
+    """The model file to start from; None for a start from scratch.
+
+    A conversion is kept in `out`, under a name that changes with the dense weights and with what is made of
+    them, so that a run which is resumed does not convert again.
+
+    Args:
+        recipe: whose `warm_start` is asked for. ``out``: the run's directory.
+        tell: how a conversion goes on, in words.
+
+    Raises:
+        CheckpointError: no such model, or one that cannot be read. ConfigError: latents that do not fit it.
+    """
+    if recipe.warm_start is None:
+        return None
+    path, latent = resolve_model(recipe.warm_start), recipe.dit_model.latent
+    if latent is None or read_card(path).dit.latent is not None:
+        return path
+    told = f"{weights_digest(read_safetensors(path)[0])} {latent.dumps()} {recipe.seed}"
+    converted = out / f"converted-{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
+    if not converted.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        config = _conversion(latent, recipe.seed)
+        convert_bundle(path, converted, config, None, lambda line: tell(f"conversion: {line}"))
+    return converted
+
+
+def _conversion(latent: LatentConfig, seed: int) -> ConvertConfig:
+    return ConvertConfig(
+        kv_rank=latent.kv_rank,
+        query_rank=latent.query_rank,
+        nope_dim=latent.nope_dim,
+        rope_bands=latent.rope_bands,
+        storage=latent.storage,
+        key_storage=latent.key_storage,
+        debias=latent.debias,
+        seed=seed,
+    )
