@@ -58,7 +58,9 @@ def test_interactive(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_model(tmp_path / "model.safetensors")
     out = tmp_path / "out"
-    argv = ["--scenes", "2", "--absence", "1.5", "--policies", "own", "key_frames:stride=2"]
+    keeps = write_model(tmp_path / "keeps.safetensors", memory_at_switch="keep")
+    policies = ["own", "key_frames:stride=2", f"keeps@{keeps}"]
+    argv = ["--scenes", "2", "--absence", "1.5", "--policies", *policies]
     assert main(["eval", "recall", *argv, "--model-path", str(model), "--out", str(out)]) == 0
     told = capsys.readouterr().out
     assert "absence 1.5 windows" in told
@@ -67,6 +69,9 @@ def test_recall(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert summary["test"] == "longtake-recall-v1"
     assert summary["sources"]["truth"]["absences"][0]["gated"]["recalled"]["value"] == 1
     assert "key_frames" in summary["sources"]["key_frames-stride-2"]["about"]["policy"]
+    switches = {name: source["about"].get("switches", "") for name, source in summary["sources"].items()}
+    assert "memory rebuild" in switches["own"]
+    assert "memory keep" in switches["keeps"]
     assert main(["eval", "recall", "--policies", "off", "--model-path", str(model)]) == 2
     assert "is a mode of a learned memory" in capsys.readouterr().err
 

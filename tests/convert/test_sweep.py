@@ -45,6 +45,16 @@ def test_more_bytes_lose_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert told.count("one rank") == 3
 
 
+def test_a_loss_that_no_rank_holds_takes_nothing_else_along(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = write_model(tmp_path / "dense.safetensors"), tmp_path / "sweep"
+    assert sweep(source, out, "--ranks", "4", "--stored-rank", "None", "--max-losses", "1e-9", "0.5") == 0
+    assert "max loss 1e-09 is left out" in capsys.readouterr().err
+    kinds = [point["kind"] for point in json.loads((out / "conversion.json").read_text())["points"]]
+    assert kinds == ["one rank", "automatic", "max loss"]
+
+
 def test_a_network_is_at_no_distance_from_itself(tmp_path: Path) -> None:
     pipeline = load_model(str(write_model(tmp_path / "dense.safetensors"))).pipeline
     stream, dit = pipeline.config, pipeline.dit
@@ -62,6 +72,8 @@ def test_what_cannot_be_swept_is_told(tmp_path: Path, capsys: pytest.CaptureFixt
     source, out = write_model(tmp_path / "dense.safetensors"), tmp_path / "sweep"
     assert sweep(source, out, "--ranks", "200") == 2
     assert "kv_rank=200 exceeds a width of 24" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="no shares"):
+        SweepConfig(max_losses=(1.5,))
     with pytest.raises(ConfigError, match="decides on ranks"):
         SweepConfig.model_validate({"conversion": {"kv_rank": 3}})
     latent = tmp_path / "latent.safetensors"

@@ -340,6 +340,9 @@ def test_policies_by_name() -> None:
 
     assert policy("prior") == EvolvingConfig(mode="prior")
     assert policy("off") == EvolvingConfig(mode="off")
+    late = small_pipeline(policy=EvolvingConfig(source_layer=0, read_layers=(1,)))
+    changed = with_policy(late, "evolving:read_initially=false").config.history.policy
+    assert changed == EvolvingConfig(source_layer=0, read_layers=(1,), read_initially=False)
     assert policy("key_frames:stride=4,num_frames=2") == KeyFramesConfig(stride=4, num_frames=2)
     assert policy("average:decays=[0.9, 0.5]") == AverageConfig(decays=(0.9, 0.5))
     full = with_policy(pipeline, "full").config.history

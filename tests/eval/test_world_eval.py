@@ -16,7 +16,7 @@ from longtake.eval import runner
 from longtake.eval.diversity import SPREADS
 from longtake.eval.errors import EvalError
 from longtake.eval.meter import Meter
-from longtake.eval.records import Shard
+from longtake.eval.records import RecordFile, Shard
 from longtake.eval.report import HTML_NAME, PNG_NAME, heldout_rows
 from longtake.eval.runner import WorldEvalConfig, evaluate, jobs, merge
 from longtake.eval.score import METRICS, Record
@@ -175,6 +175,16 @@ def test_records_of_another_evaluation_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model-0of1.jsonl").write_text("hello\n")
     with pytest.raises(EvalError, match="no file of records"):
         evaluate(config, FaultySource("none"), tmp_path)
+    (tmp_path / "model-0of1.jsonl").unlink()
+    (tmp_path / "model-1of2.jsonl").mkdir()  # nothing that a shard could have written
+    with pytest.raises(EvalError, match="cannot be read"):
+        evaluate(config, FaultySource("none"), tmp_path, Shard(0, 3))
+    file = RecordFile(tmp_path / "gone" / "records.jsonl", Record, {})
+    file.resume()
+    file.path.unlink()
+    file.path.mkdir()
+    with pytest.raises(EvalError, match="cannot write"):
+        file.append([])
     (tmp_path / "file").write_text("")
     with pytest.raises(EvalError, match="cannot create the directory"):
         evaluate(config, FaultySource("none"), tmp_path / "file")

@@ -315,6 +315,24 @@ def test_unlimited_windows_declare_their_length() -> None:
         next(stream)
 
 
+def test_no_stream_goes_on_where_another_has_no_room() -> None:
+    pipeline = small_pipeline(window_frames=None, opening_guidance=2.0)
+    engine = Engine(pipeline, num_streams=2, max_frames=5)
+    long, young = engine.open("one", 1), engine.open("two", 2)
+    engine.advance([long])
+    engine.advance([long])
+    engine.set_prompt(young, PromptSwitch(text="three"))
+    with pytest.raises(HistoryError, match="6 frames exceed max_frames=5"):
+        engine.advance([young, long])
+    assert (young.chunk, young.prompt) == (0, "two")
+    assert engine.history.record(young.slot).next_frame == 0
+    engine.close(long)
+    alone = Engine(pipeline, num_streams=2, max_frames=5)
+    other = alone.open("two", 2)
+    alone.set_prompt(other, PromptSwitch(text="three"))
+    assert_same(engine.advance([young])[0], alone.advance([other])[0])
+
+
 @pytest.mark.parametrize("changes", STREAM_SETTINGS)
 def test_the_kept_latents_are_those_of_the_frames_held(changes: dict[str, Any]) -> None:
     """What a prompt switch encodes again, through growth, evictions and a dropped sink that refills."""

@@ -19,6 +19,7 @@ from longtake.stream.bundle import load_model
 from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.loop import run
 from longtake.train.run import train
+from longtake.train.start import start_of
 from toy_training import CAPTIONS, DIT, HISTORY, loop, networks, recipe
 
 LATENT = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))
@@ -84,6 +85,12 @@ def test_a_dense_start_is_converted_once(tmp_path: Path) -> None:
         layers=LayersConfig(loop=loop(1), num_clips=2, num_chunks=2),
     )
     told: list[str] = []
+    torch.manual_seed(5)
+    start_of(mended, tmp_path / "alone", told.append)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    start_of(mended, tmp_path / "alone", told.append)  # which finds it made
+    assert torch.equal(torch.rand(1), drawn)
     train(mended, out, stages=("latents", "layers"), tell=told.append)
     assert told[-1] == "conversion: layer 2 of 2"
     [converted] = out.glob("converted-*.safetensors")

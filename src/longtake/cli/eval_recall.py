@@ -32,7 +32,7 @@ class Arguments(Config):
         split: combinations and wordings that training may see, those held out from it, or any.
         batch: streams generated together, in pairs; it changes no result beyond rounding.
         sink: what a prompt switch does with the first frames: keep them, encode them again or drop them.
-        memory: what it does with the memory; own: what the model does by itself.
+        memory: what it does with the memory; own: what each model does by itself.
         window: what it does with the last frames.
         shard: this run's part as i/n, i from 0; the last one to finish writes the report.
     """
@@ -66,14 +66,14 @@ def run(arguments: Arguments) -> int:
 
     config, shard = config_of(RecallConfig, arguments), Shard.parse(arguments.shard)
     model = load_model(arguments.model_path)
-    memory = model.pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
-    switch = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
     sources: list[RecallVideos] = []
     for text in (text for several in arguments.policies for text in apart(several)):
         name, at, path = text.partition("@")
         swaps = name == SWAPPED
         used = load_model(path) if at else model
         pipeline = used.pipeline if at else with_policy(used.pipeline, text)
+        memory = pipeline.config.memory_at_switch if arguments.memory == "own" else arguments.memory
+        switch = PromptSwitch(text="", sink=arguments.sink, memory=memory, window=arguments.window)
         sources.append(ModelVideos(pipeline, used.card.name, short_name(name), switch, swaps=swaps))
     size = (model.pipeline.config.height, model.pipeline.config.width)
     sources.append(TruthVideos(TruthSource(3, *size, chunking_of(model.pipeline))))

@@ -1,5 +1,5 @@
 """Tokens that enter every layer's self-attention while a model generates: what conversion is fitted to, and
-judged by.
+judged by. Streams are sampled without guidance; a guided model's negative prompt is one prompt more.
 """
 
 from __future__ import annotations

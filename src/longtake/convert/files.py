@@ -232,18 +232,18 @@ def converted(
     )
 
 
-def captions_for(text: nn.Module, seed: int) -> list[str]:
+def captions_for(text: nn.Module, seed: int, count: int = _NUM_CAPTIONS) -> list[str]:
     """Of the world, of all its levels, those that a text encoder reads whole."""
     assert isinstance(text, TinyTextEncoder)
     read: list[str] = []
-    for index in range(_NUM_CAPTIONS * 50):
+    for index in range(count * 50):
         caption = sample_scene(seed + index, LEVELS[index % len(LEVELS)]).caption
         try:
             text.tokenize([caption])
         except PromptError:
             continue
         read.append(caption)
-        if len(read) == _NUM_CAPTIONS:
+        if len(read) == count:
             break
     if not read:
         raise ConfigError("the model reads no caption of the world", "give prompts")

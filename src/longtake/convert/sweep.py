@@ -61,6 +61,12 @@ class SweepConfig(Config):
     conversion: ConvertConfig = ConvertConfig()
 
     @model_validator(mode="after")
+    def _are_shares(self) -> SweepConfig:
+        if any(not 0 < loss < 1 for loss in self.max_losses):
+            raise ConfigError(f"max_losses={self.max_losses} are no shares", "use for instance [0.2, 0.1]")
+        return self
+
+    @model_validator(mode="after")
     def _decides_on_ranks(self) -> SweepConfig:
         told = self.conversion
         if told.kv_rank is not None or told.chooses or told.storage != "full" or told.key_storage != "full":
@@ -204,7 +210,7 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         progress("tokens to be fitted to")
         samples = tokens_of(pipeline, captions_for(networks["text"], wanted.seed), wanted)
     progress("streams to be judged by")
-    prompts = captions_for(networks["text"], wanted.seed + _FAR)[: config.num_streams]
+    prompts = captions_for(networks["text"], wanted.seed + _FAR, config.num_streams)
     probe = FlowProbe(
         dense,
         [pipeline.encode_prompt(prompt) for prompt in prompts],
@@ -243,7 +249,10 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         point = take("one rank", rank, wanted.replace(kv_rank=rank))
         take("automatic", point.bytes, wanted.replace(budget_bytes=point.bytes))
     for loss in config.max_losses:
-        take("max loss", loss, wanted.replace(max_loss=loss))
+        try:
+            take("max loss", loss, wanted.replace(max_loss=loss))
+        except ConfigError as error:  # of some layers no rank holds it; what was measured stays
+            progress(f"max loss {loss:g} is left out: {error.problem}")
     if config.stored_rank is not None:
         for name, (storage, key) in _STORED.items():
             stored = wanted.replace(kv_rank=config.stored_rank, storage=storage, key_storage=key)

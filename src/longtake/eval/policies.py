@@ -27,9 +27,10 @@ def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
         pipeline: The model.
         text: "own" or "swapped" for its own; "off" or "prior" for a learned memory's other modes; "window"
             for none; "full" for an unlimited window, with ids that the model may never have seen; else a
-            policy's kind. Kinds may have settings, "key_frames:stride=4,num_frames=3", of which
-            "window_frames" and "f_max" are the window's and the positions'. A policy that keeps frames keeps
-            as many as the model's own memory has, where nothing else is asked for.
+            policy's kind, which has the model's own settings where its policy is of that kind. Kinds may
+            have settings, "key_frames:stride=4,num_frames=3", of which "window_frames" and "f_max" are the
+            window's and the positions'. A policy that keeps frames keeps as many as the model's own memory
+            has, where nothing else is asked for.
 
     Raises:
         EvalError: No such policy, settings where there are none, or more frames than the ids of the model
@@ -61,7 +62,8 @@ def with_policy(pipeline: Pipeline, text: str) -> Pipeline:
         memory = pipeline.dit.policy(history.policy, grid).memory_grid
         if memory is not None and kind in _KEEPS_FRAMES:
             settings.setdefault("num_frames", memory.num_frames)
-        whole["policy"] = {"kind": kind, **settings}
+        before = whole["policy"] if whole["policy"]["kind"] == kind else {}
+        whole["policy"] = {**before, "kind": kind, **settings}
         changed = HistoryConfig.loads(json.dumps(whole), source=f"--policies {text}")
         _check_room(pipeline, changed, text)
     return pipeline.with_history(changed)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -65,7 +66,7 @@ class RecordFile(Generic[RecordT]):
         """Starts the file, or repairs it and gives the records that it holds.
 
         Raises:
-            EvalError: The directory cannot be made, or the file holds other records.
+            EvalError: The directory or the file cannot be written, or the file holds other records.
         """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,12 +77,13 @@ class RecordFile(Generic[RecordT]):
             ) from error
         records = self.read() if self.path.exists() else []
         lines = [json.dumps(self._header), *(record.model_dump_json() for record in records)]
-        write_whole(self.path, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
+        with _told(self.path):
+            write_whole(self.path, lambda path: path.write_text("\n".join(lines) + "\n", encoding="utf-8"))
         return records
 
     def append(self, records: Iterable[RecordT]) -> None:
-        """Writes records through to the disk."""
-        with self.path.open("a", encoding="utf-8") as file:
+        """Writes records through to the disk. Raises EvalError where that fails; those before stay whole."""
+        with _told(self.path), self.path.open("a", encoding="utf-8") as file:
             file.writelines(record.model_dump_json() + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
@@ -154,13 +156,27 @@ class ShardedRecords(Generic[RecordT]):
         return RecordFile(path, self._kind, self._header)
 
 
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A disk's refusal as an error of ours."""
+    try:
+        yield
+    except OSError as error:
+        raise EvalError(
+            f"cannot write {str(path)!r}: {error.strerror}", "make room, or give another --out"
+        ) from error
+
+
 def read_lines(path: Path) -> tuple[dict[str, object], list[str]]:
     """Header and whole lines of a file of records.
 
     Raises:
         EvalError: It is no such file.
     """
-    first, *lines = path.read_text(encoding="utf-8").split("\n")
+    try:
+        first, *lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvalError(f"{str(path)!r} cannot be read as a file of records", "use another --out") from error
     try:
         header = json.loads(first)
     except ValueError as error:

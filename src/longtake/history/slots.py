@@ -349,6 +349,10 @@ class SlotHistory:
                 assert len(record.ring) == self._ring_frames
                 record.check_integrity(self.config.sink_frames)
 
+    def check_room(self, slot: int, num_frames: int) -> None:
+        """Raises HistoryError where a stream has no room for so many frames more, or the slot is free."""
+        self._check_capacity(self.record(slot), num_frames)
+
     # ---- inside
 
     def _check_capacity(self, record: SlotRecord, num_frames: int) -> None:

@@ -12,6 +12,7 @@ from longtake.models.memory import MemoryEncoderConfig
 from longtake.models.tiny_text import TinyTextConfig
 from longtake.models.tiny_vae import TinyVAEConfig
 from longtake.stream.pipeline import StreamConfig
+from longtake.stream.state import PromptSwitch
 from longtake.train.dit_config import DiTTrainingConfig
 from longtake.train.dmd_config import DMDConfig
 from longtake.train.excerpts import LatentCacheConfig
@@ -188,6 +189,7 @@ def tiny() -> Recipe:
             ),
             memory_at_switch="keep",
         ),
+        dmd=plain.dmd.replace(switch=PromptSwitch(text="", memory="keep")),
         memory=windows.replace(
             # Guides take nine tenths of the gradient from here on, and higher rates throw the network out.
             loop=windows.loop.replace(num_steps=2500, num_warmup_steps=30, ema_decay=0.995),

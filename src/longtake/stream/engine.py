@@ -110,7 +110,9 @@ class Engine:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes kept for all streams between chunks: histories, recent latents, decoder states."""
+        """Bytes kept for all streams between chunks: histories, recent latents, decoder states; not what
+        prompts become.
+        """
         vae = sum(t.nbytes for state in self._streams if state for t in state.vae_state.values())
         return self.history.num_bytes + self.latents.nbytes + vae
 
@@ -129,7 +131,8 @@ class Engine:
             Their chunks, in the order of the states.
 
         Raises:
-            HistoryError: a closed stream, one of another engine, or one that skipped decoding.
+            HistoryError: a closed stream, one of another engine, one that skipped decoding, or one at the end
+                of an unlimited window's room; no stream has gone on then.
         """
         self._check_own(states)
         for state in states:
@@ -139,6 +142,8 @@ class Engine:
                     "decode every chunk of a stream, or none",
                 )
         config = self.pipeline.config
+        for state in states:  # before any of them goes on
+            self.history.check_room(state.slot, self.pipeline.latent_shape[0])
         opens = [state.chunk == 0 or state.pending is not None for state in states]
         for state in states:
             if state.pending is not None and state.pending_text is not None:

@@ -71,7 +71,9 @@ class Stream(Iterator[Chunk]):
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of everything the stream keeps between chunks; constant once it has begun."""
+        """Bytes of what the stream keeps of its video between chunks; constant once it has begun. What its
+        prompt becomes for cross-attention is not in it.
+        """
         return self.engine.num_bytes
 
     def snapshot(self, path: str | Path) -> None:

@@ -21,7 +21,8 @@ class PromptSwitch(Config):
     Args:
         text: the prompt from the next chunk on.
         sink: "keep" leaves the sink's entries as they are, "reencode" computes them again under the new
-            prompt, "drop" forgets them and lets the frames generated next become the sink.
+            prompt, "drop" forgets them: the frames that leave the window next, which "reencode" of the window
+            has computed again under the new prompt, become the sink.
         memory: of policies that have one: "keep", "reset" to its start, or "rebuild" from the window.
         window: "reencode" computes the local frames' entries again under the new prompt, "keep" leaves them.
     """

@@ -58,7 +58,9 @@ class DiTCosts:
         return policy if on and isinstance(policy, EvolvingConfig) else None
 
     def memory_tokens(self, chunk: int) -> float:
-        """Memory tokens that a stream's chunk reads, the mean over layers."""
+        """Memory tokens that a stream's chunk reads, the mean over layers: a learned memory's. What other
+        policies keep is not counted.
+        """
         policy, memory = self._memory_policy, self.config.memory
         if policy is None or memory is None or chunk == 0:
             return 0.0

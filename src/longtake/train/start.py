@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from longtake.convert.files import convert_bundle
 from longtake.convert.settings import ConvertConfig
 from longtake.io.checkpoints import read_safetensors, weights_digest
@@ -19,8 +21,8 @@ from longtake.train.recipe import Recipe
 def start_of(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> Path | None:
     """The model file to start from; None for a start from scratch.
 
-    A conversion is kept in `out`, under a name that changes with the dense weights and with what is made of
-    them, so that a run which is resumed does not convert again.
+    A conversion is kept in `out`, under a name that changes with the dense model and with what is made of
+    it, so that a run which is resumed does not convert again.
 
     Args:
         recipe: whose `warm_start` is asked for. ``out``: the run's directory.
@@ -34,12 +36,14 @@ def start_of(recipe: Recipe, out: Path, tell: Callable[[str], None]) -> Path | N
     path, latent = resolve_model(recipe.warm_start), recipe.dit_model.latent
     if latent is None or read_card(path).dit.latent is not None:
         return path
-    told = f"{weights_digest(read_safetensors(path)[0])} {latent.dumps()} {recipe.seed}"
+    weights = weights_digest(read_safetensors(path)[0])
+    told = f"{weights} {read_card(path).dumps()} {latent.dumps()} {recipe.seed}"
     converted = out / f"converted-{hashlib.sha256(told.encode()).hexdigest()[:12]}.safetensors"
     if not converted.exists():
         out.mkdir(parents=True, exist_ok=True)
         config = _conversion(latent, recipe.seed)
-        convert_bundle(path, converted, config, None, lambda line: tell(f"conversion: {line}"))
+        with torch.random.fork_rng():  # a run that finds it made draws the same numbers as one that makes it
+            convert_bundle(path, converted, config, None, lambda line: tell(f"conversion: {line}"))
     return converted
 
 
