@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -276,6 +277,17 @@ def test_the_command_prints_plans_and_refuses(capsys: pytest.CaptureFixture[str]
     assert "stage windows" in out
     assert "--set windows.loop.recompute=blocks takes" in err
     assert err.count("\n") == 1
+
+
+def test_the_documented_dry_run_is_todays(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^`longtake (train .*--dry-run.*)`(?: prints|:)$", page, flags=re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        main(command.split())
+        out, err = capsys.readouterr()
+        assert f"```\n{out}```" in page
+        assert err.partition("--set ")[2] in page
 
 
 def test_encoding_of_fresh_clips_is_counted_for_every_walk() -> None:
