@@ -259,7 +259,12 @@ def tiny_latent() -> Recipe:
         ),
         layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
         memory=dense.memory.replace(
-            loop=dense.memory.loop.replace(num_steps=600, num_warmup_steps=20),
+            # What the parent predicts has no noise of its own, so that small batches do.
+            loop=dense.memory.loop.replace(num_steps=1200, num_warmup_steps=10, ema_decay=0.98),
+            num_first_clips=4,
+            num_recall_clips=1,
+            recall_absence=(1.0, 3.0),
+            num_long_clips=1,
             learns_from="parent",
             clips_teach=(),
             muon_learning_rate=1e-3,
