@@ -193,5 +193,5 @@ def test_training_reports_its_directory_and_records_the_recipe(
     printed, err = capsys.readouterr()
     assert printed == f"{out}\n"
     assert "psnr: 30.5" in err
-    assert calls == [(RECIPES["tiny"](), out, ("vae", "windows"), 5.0, 2.0)]
+    assert calls == [(RECIPES["tiny"](), out, ("vae", "windows"), 5.0, 2.0, tell)]
     assert json.loads((out / "recipe.json").read_text())["name"] == "tiny"
