@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from longtake.cli import eval_detectors, eval_vae, eval_world, main
-from longtake.cli.evaluation import Progress
+from longtake.cli.evaluation import Progress, tell
 from longtake.cli.train import changed
 from longtake.config import Config
 from longtake.errors import ConfigError
