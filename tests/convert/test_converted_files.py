@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,16 @@ def test_budgets_and_losses_decide_on_ranks(tmp_path: Path, capsys: pytest.Captu
     assert convert(source, out, *few, "--budget-bytes", "64") == 0
     report = json.loads(out.with_suffix(".json").read_text())
     assert 2 * report["latent_numbers"] == report["latent_bytes"] == 64
+    assert "the flow's error before tuning, as predicted" in capsys.readouterr().out
+    assert 0 < report["predicted_flow_error"] < 1
+    assert all(row["weight"] > 0 for row in report["layers"])
     assert report["dense_bytes"] == 2 * 2 * 2 * 24
     ranks = [row["kv_rank"] for row in report["layers"]]
     assert load_model(str(out)).card.dit.latent.kv_rank == tuple(ranks)  # type: ignore[union-attr]
+    assert convert(source, out, *few, "--budget-bytes", "64", "--weigh", "alike") == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert report["predicted_flow_error"] is None
+    assert all(row["weight"] is None for row in report["layers"])
     assert convert(source, out, *few, "--max-loss", "0.4", "--rank-multiple", "4") == 0
     report = json.loads(out.with_suffix(".json").read_text())
     assert all(row["predicted_loss"] <= 0.4 and row["kv_rank"] % 4 == 0 for row in report["layers"])
@@ -50,6 +58,8 @@ def test_budgets_and_losses_decide_on_ranks(tmp_path: Path, capsys: pytest.Captu
     assert "use 28 or more" in capsys.readouterr().err
     assert convert(source, out, "--budget-bytes", "64", "--kv-rank", "4") == 2
     assert "give one of them" in capsys.readouterr().err
+    assert convert(source, out, "--kv-rank", "4", "--weigh", "alike") == 2
+    assert "--weigh alike is for a budget" in capsys.readouterr().err
     assert convert(source, out, "--kv-rank", "4", "--one-rank") == 2
     assert "one_rank is for ranks that are chosen" in capsys.readouterr().err
 
@@ -128,6 +138,11 @@ def test_bare_weights_of_every_layout_are_converted(tmp_path: Path, layout: str)
     again = BareWeights.read(packed)
     assert again.config.latent == made.config.latent.replace(storage="fp8", key_storage="fp8")
     assert all(torch.equal(again.state[name], tensor) for name, tensor in stored.items())
+    budget = tmp_path / "budget.safetensors"
+    assert convert(path, budget, *few, "--budget-bytes", "60") == 0
+    report = json.loads(budget.with_suffix(".json").read_text())
+    assert report["latent_bytes"] <= 60
+    assert all(math.isfinite(row["weight"]) and row["weight"] > 0 for row in report["layers"])
 
 
 def test_split_weights_that_tell_what_they_are_are_converted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 
 import pytest
@@ -18,28 +19,38 @@ falling = st.lists(st.floats(1e-6, 1e3), min_size=6, max_size=12).map(
 
 @settings(max_examples=40, deadline=None)
 @given(
-    gains=st.lists(falling, min_size=1, max_size=3), numbers=st.integers(0, 30), multiple=st.integers(1, 2)
+    gains=st.lists(falling, min_size=1, max_size=3),
+    numbers=st.integers(0, 30),
+    multiple=st.integers(1, 2),
+    weights=st.none() | st.lists(st.floats(0.01, 1), min_size=3, max_size=3),
 )
-def test_no_other_ranks_make_more_of_a_budget(gains: list[list[float]], numbers: int, multiple: int) -> None:
+def test_no_other_ranks_make_more_of_a_budget(
+    gains: list[list[float]], numbers: int, multiple: int, weights: list[float] | None
+) -> None:
     rope_dim, layers = 4, len(gains)
     budget = 2 * (layers * (rope_dim + multiple) + numbers)
 
     def bytes_of(rank: int) -> int:
         return 2 * (rank + rope_dim)
 
-    ranks = ranks_for_budget(gains, budget, bytes_of, multiple)
+    ranks = ranks_for_budget(gains, budget, bytes_of, multiple, weights=weights)
     (rank,) = set(ranks_for_budget(gains, budget, bytes_of, multiple, one_rank=True))
     assert layers * bytes_of(rank) <= budget
     most = rank + multiple > min(map(len, gains))
     assert most or layers * bytes_of(rank + multiple) > budget
     assert 2 * (sum(ranks) + layers * rope_dim) <= budget
     assert all(rank % multiple == 0 for rank in ranks)
+
+    def loss(ranks: Sequence[int]) -> float:
+        each = zip(weights or (1.0, 1.0, 1.0), map(lost, gains, ranks), strict=False)
+        return sum(weight * share for weight, share in each)
+
     best = min(
-        sum(lost(of_layer, rank) for of_layer, rank in zip(gains, others, strict=True))
+        loss(others)
         for others in product(*(range(multiple, len(of_layer) + 1, multiple) for of_layer in gains))
         if 2 * (sum(others) + layers * rope_dim) <= budget
     )
-    assert sum(map(lost, gains, ranks)) == pytest.approx(best, abs=1e-9)
+    assert loss(ranks) == pytest.approx(best, abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)

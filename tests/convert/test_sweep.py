@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from longtake.cli import main
-from longtake.convert.sweep import FlowProbe, SweepConfig, run_sweep
+from longtake.convert.flow_probe import FlowProbe
+from longtake.convert.sweep import SweepConfig, run_sweep
 from longtake.errors import CheckpointError, ConfigError
 from longtake.stream.bundle import load_model
 from model_file import write_model
@@ -35,7 +36,7 @@ def test_more_bytes_lose_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert point["saved"] == pytest.approx(1 - point["bytes"] / report["dense_bytes"])
         chosen = points["automatic", point["bytes"]]
         assert chosen["bytes"] <= point["bytes"]
-        assert chosen["predicted_loss"] <= point["predicted_loss"] + 1e-9
+        assert chosen["predicted_flow_error"] <= point["predicted_flow_error"] + 1e-9
     assert points["max loss", 0.4]["predicted_loss"] <= 0.4
     stored = points["int4", 8]
     assert stored["bytes"] < plain[1]["bytes"]

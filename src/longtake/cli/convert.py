@@ -37,6 +37,8 @@ class Arguments(Config):
         kv_rank: size of the shared latent, one or one for each layer; an eighth of the width if left out.
         budget_bytes: that a token may leave in all layers' caches, as --storage keeps them: ranks that make
             the best of it.
+        weigh: what is best for that budget: "flow" counts layers as the network's flow suffers from their
+            losses, which is measured, "alike" counts them alike; without tokens alike.
         max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
         rank_multiple: ranks that are chosen in these ways are multiples of this.
         one_rank: and the same for all layers.
@@ -67,6 +69,7 @@ class Arguments(Config):
     method: Literal["svd", "covariance", "random"] = "covariance"
     kv_rank: int | tuple[int, ...] | None = None
     budget_bytes: int | None = Field(None, ge=1)
+    weigh: Literal["flow", "alike"] = "flow"
     max_loss: float | None = Field(None, gt=0, lt=1)
     rank_multiple: int = Field(1, ge=1)
     one_rank: bool = False
@@ -137,6 +140,8 @@ def _tell_report(report: ConversionReport, out: Path) -> None:
     from longtake.io.files import write_whole
 
     print("\n".join(table(report)))
+    if report.predicted_flow_error is not None:
+        print(f"the flow's error before tuning, as predicted: {100 * report.predicted_flow_error:.1f} %")
     print(
         f"bytes a token leaves in the cache: {report.dense_bytes} before (bf16), {report.latent_bytes} now, "
         f"{100 * report.saved:.1f} % less; numbers: {report.dense_numbers} and {report.latent_numbers}"
@@ -194,6 +199,8 @@ def _check_used(arguments: Arguments, *, bundle: bool) -> None:
                 f"--{name.replace('_', '-')} is not used for {kind}",
                 "leave it out, see `longtake convert --help`",
             )
+    if arguments.weigh != "flow" and arguments.budget_bytes is None:
+        raise UsageError(f"--weigh {arguments.weigh} is for a budget", "give --budget-bytes, or leave it out")
     if arguments.latent_size is not None and min(arguments.latent_size) < 1:
         raise UsageError(f"--latent-size {arguments.latent_size} is no size", "use 1 or more")
 

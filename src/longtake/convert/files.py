@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,17 +16,21 @@ from longtake.cache.latent import latent_layout
 from longtake.convert.bare import BareWeights
 from longtake.convert.calibrate import sample_tokens
 from longtake.convert.factor import Samples
+from longtake.convert.flow_probe import FlowProbe
+from longtake.convert.layer_weights import LayerWeights, weigh_layers
 from longtake.convert.network import Plan, convert_layers, is_replaced
 from longtake.convert.report import ConversionReport, LayerReport
 from longtake.convert.settings import Calibration, ConvertConfig
+from longtake.diffusion.flow import Steps
 from longtake.errors import CheckpointError, ConfigError, PromptError
+from longtake.history.base import HistoryConfig
 from longtake.io.checkpoints import (
     NETWORK_KEY,
     STREAM_KEY,
     load_into,
     write_safetensors_by_one,
 )
-from longtake.models.dit import DiT
+from longtake.models.dit import DiT, TextContext
 from longtake.models.dit_config import DiTConfig
 from longtake.models.latent_config import LatentConfig
 from longtake.models.tiny_text import TinyTextEncoder
@@ -35,7 +41,48 @@ from longtake.world import sample_scene
 from longtake.world.vocabulary import LEVELS
 
 _NUM_CAPTIONS = 24
+_NUM_PROBED = 4
+"""Streams that layers' weights are measured over."""
 Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How a dense network generates what a conversion is fitted to.
+
+    Args:
+        dit: the network. ``texts``: a prompt each.
+        history, steps: of its streams. ``latent_shape``: channels, height, width.
+    """
+
+    dit: DiT
+    texts: Sequence[TextContext]
+    history: HistoryConfig
+    steps: Steps
+    latent_shape: tuple[int, int, int]
+
+    def samples(self, config: ConvertConfig) -> list[Samples]:
+        """Of every layer tokens that enter it meanwhile."""
+        return sample_tokens(
+            self.dit,
+            self.texts,
+            self.history,
+            self.steps,
+            self.latent_shape,
+            config.num_chunks,
+            config.num_tokens,
+            config.seed,
+        )
+
+    def weights(
+        self, plan: Plan, samples: list[Samples], config: ConvertConfig, progress: Progress
+    ) -> LayerWeights:
+        """Of every layer what its loss costs the flow, over some of these streams."""
+        texts = list(itertools.islice(itertools.cycle(self.texts), _NUM_PROBED))
+        probe = FlowProbe(
+            self.dit, texts, self.history, self.steps, self.latent_shape, config.num_chunks, config.seed
+        )
+        return weigh_layers(plan, self.dit, self.dit.state_dict(), samples, probe, progress)
 
 
 def convert_bundle(
@@ -57,14 +104,17 @@ def convert_bundle(
     dit = networks["dit"]
     assert isinstance(dit, DiT)
     plan = Plan(card.dit, config.latent(card.dit), config.method, config.seed)
-    samples = None
+    samples = layer_weights = None
     if config.num_tokens > 0:
         if prompts is None:
             prompts = captions_for(networks["text"], config.seed)
         progress(f"{config.num_chunks} chunks under {len(prompts)} prompts")
-        samples = tokens_of(pipeline_of(card.stream, networks), prompts, config)
+        generation = generation_of(pipeline_of(card.stream, networks), prompts)
+        samples = generation.samples(config)
+        if config.weighs:
+            layer_weights = generation.weights(plan, samples, config, progress)
     state = dit.state_dict()
-    plan, weights, report = converted(plan, state, samples, config, str(path), progress)
+    plan, weights, report = converted(plan, state, samples, config, str(path), progress, layer_weights)
     made = DiT(plan.config)
     _check_policy(made, card.stream, networks)
     load_into(made, {name: t for name, t in state.items() if not is_replaced(name)} | weights, "conversion")
@@ -110,11 +160,15 @@ def convert_weights(
         CheckpointError: not writable. ConfigError: sizes that do not fit.
     """
     plan = Plan(bare.config, config.latent(bare.config), config.method, config.seed)
-    samples = None
+    samples = layer_weights = None
     if calibration is not None and config.num_tokens > 0:
         progress(f"{config.num_chunks} chunks a stream for {config.num_tokens} tokens of every layer")
-        samples = _tokens_of_bare(bare, calibration, config)
-    plan, weights, report = converted(plan, bare.state, samples, config, bare.source, progress)
+        generation = _generation_of_bare(bare, calibration)
+        samples = generation.samples(config)
+        if config.weighs:
+            layer_weights = generation.weights(plan, samples, config, progress)
+        del generation
+    plan, weights, report = converted(plan, bare.state, samples, config, bare.source, progress, layer_weights)
     kept = {name: tensor for name, tensor in bare.state.items() if not is_replaced(name)}
     progress(f"writing {out}")
     _write_bare(out, plan.config, {**kept, **weights}, bare)
@@ -184,6 +238,7 @@ def converted(
     config: ConvertConfig,
     source: str,
     progress: Progress,
+    layer_weights: LayerWeights | None = None,
 ) -> tuple[Plan, dict[str, Tensor], ConversionReport]:
     """The plan with ranks chosen, the weights of the new self-attention, and the report.
 
@@ -191,7 +246,7 @@ def converted(
         plan: what to make. ``state``: of the dense network, under our names.
         samples: of every layer tokens that enter it; None for methods that can do without.
         config: how ranks are chosen. ``source``: what the report names.
-        progress: told in words what goes on.
+        progress: told in words what goes on. ``layer_weights``: of layers' losses, where they were measured.
 
     Raises:
         ConfigError: ranks that do not fit.
@@ -204,13 +259,14 @@ def converted(
             f"only {num_tokens} tokens for {plan.dense.width} channels: what is fitted to so few may not "
             "hold for others; generate more chunks"
         )
-    plan = config.chosen(plan, state, samples)
+    plan = config.chosen(plan, state, samples, layer_weights)
     weights: dict[str, Tensor] = {}
     rows: list[LayerReport] = []
     dense, ranks = plan.dense, plan.latent.ranks(plan.dense.num_layers)
     for layer, made in convert_layers(plan, state, samples):
         weights |= {f"blocks.{layer}.self_attn.{name}": t for name, t in made.weights.items()}
-        rows.append(LayerReport.of(layer, ranks[layer], made))
+        weight = None if layer_weights is None else layer_weights.weights[layer]
+        rows.append(LayerReport.of(layer, ranks[layer], made, weight))
         progress(f"layer {layer + 1} of {dense.num_layers}")
     before = dense_layout(dense.num_layers, dense.num_heads, dense.head_dim)
     latent = plan.latent
@@ -227,9 +283,15 @@ def converted(
             latent_numbers=sum(ranks) + dense.num_layers * plan.latent.rope_dim,
             dense_bytes=before.bytes_per_token(torch.bfloat16),
             latent_bytes=after.bytes_per_token(torch.bfloat16),
+            predicted_flow_error=_flow_error(rows, layer_weights),
             layers=tuple(rows),
         ),
     )
+
+
+def _flow_error(rows: Sequence[LayerReport], weights: LayerWeights | None) -> float | None:
+    losses = [row.predicted_loss for row in rows if row.predicted_loss is not None]
+    return None if weights is None or len(losses) < len(rows) else weights.predicted(losses)
 
 
 def captions_for(text: nn.Module, seed: int, count: int = _NUM_CAPTIONS) -> list[str]:
@@ -259,35 +321,19 @@ def pipeline_of(stream: StreamConfig, networks: nn.ModuleDict) -> Pipeline:
     return Pipeline(dit, vae, text, stream)
 
 
-def tokens_of(pipeline: Pipeline, prompts: list[str], config: ConvertConfig) -> list[Samples]:
-    """Of every layer tokens that enter it while a model generates, under no prompt too where it is guided."""
+def generation_of(pipeline: Pipeline, prompts: list[str]) -> Generation:
+    """How a model generates under prompts, and under its negative one too where it is guided."""
     stream = pipeline.config
     named = [*prompts, stream.negative_prompt] if stream.guidance is not None else prompts
     texts = [pipeline.encode_prompt(prompt) for prompt in named]
-    return sample_tokens(
-        pipeline.dit,
-        texts,
-        stream.history,
-        stream.schedule.resolve(),
-        pipeline.latent_shape[1:],
-        config.num_chunks,
-        config.num_tokens,
-        config.seed,
-    )
+    steps = stream.schedule.resolve()
+    return Generation(pipeline.dit, texts, stream.history, steps, pipeline.latent_shape[1:])
 
 
-def _tokens_of_bare(bare: BareWeights, calibration: Calibration, config: ConvertConfig) -> list[Samples]:
+def _generation_of_bare(bare: BareWeights, calibration: Calibration) -> Generation:
     dit = bare.network()
     dtype = dit.patch_embedding.weight.dtype
     with torch.no_grad():
         texts = [dit.encode_text(row[None].to(dtype)) for row in calibration.embeddings_nlw]
-    return sample_tokens(
-        dit,
-        texts,
-        calibration.history,
-        calibration.schedule.resolve(),
-        (bare.config.in_channels, *calibration.latent_size),
-        config.num_chunks,
-        config.num_tokens,
-        config.seed,
-    )
+    shape = (bare.config.in_channels, *calibration.latent_size)
+    return Generation(dit, texts, calibration.history, calibration.schedule.resolve(), shape)

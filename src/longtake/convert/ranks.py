@@ -1,9 +1,10 @@
 """Choosing every layer's rank: for a number of bytes a token, or for a loss.
 
 Of every layer it is known what share of its error each further number of the latent takes away
-(`factor.LowRank.gains`: of keys and values over the tokens that come, weighed as errors matter), so that
-layers count alike. Taking what gains most for its bytes, wherever it is, is the best use of a budget where
-the gains of a layer fall and every number costs the same; nearly so elsewhere.
+(`factor.LowRank.gains`: of keys and values over the tokens that come, weighed as errors matter), and, where
+that was measured, how much the flow suffers from each layer's (`layer_weights`). Taking what gains most for
+its bytes, wherever it is, is the best use of a budget where the gains of a layer fall and every number costs
+the same; nearly so elsewhere.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def ranks_for_budget(
     multiple: int = 1,
     *,
     one_rank: bool = False,
+    weights: Sequence[float] | None = None,
 ) -> tuple[int, ...]:
-    """The ranks that lose least, of all whose caches fit.
+    """The ranks that lose least in all, of all whose caches fit.
 
     Args:
         gains: of every layer, what each number of its latent gains.
@@ -36,6 +38,7 @@ def ranks_for_budget(
         bytes_of: what a layer of a rank takes of it, shared key included.
         multiple: ranks are multiples of this.
         one_rank: the same for all layers.
+        weights: of every layer how much its loss counts; None is alike.
 
     Raises:
         ConfigError: a budget that does not hold the least rank of every layer.
@@ -57,7 +60,8 @@ def ranks_for_budget(
         return bytes_of(ranks[layer] + multiple) - bytes_of(ranks[layer])
 
     def offer(layer: int) -> tuple[float, int]:
-        gain = sum(gains[layer][ranks[layer] : ranks[layer] + multiple])
+        weight = 1.0 if weights is None else weights[layer]
+        gain = weight * sum(gains[layer][ranks[layer] : ranks[layer] + multiple])
         return -(gain / cost(layer) if cost(layer) else math.inf), layer
 
     heap = [offer(layer) for layer in range(layers)]

@@ -23,6 +23,7 @@ class LayerReport(Config):
         dense_energies, latent_energies: cumulated shares.
         predicted_loss: share of keys and values, as errors matter, that the rank was predicted to lose
             (`ranks.lost`); None for ranks that hold nothing of the layer.
+        weight: how much the flow's error grows with that; None where it was not measured.
         kv_error, q_error, rope_error: shares lost, over tokens that nothing was fitted to; None without.
     """
 
@@ -34,12 +35,13 @@ class LayerReport(Config):
     dense_energies: tuple[float, ...]
     latent_energies: tuple[float, ...]
     predicted_loss: float | None
+    weight: float | None
     kv_error: float | None
     q_error: float | None
     rope_error: float | None
 
     @classmethod
-    def of(cls, layer: int, kv_rank: int, made: Converted) -> LayerReport:
+    def of(cls, layer: int, kv_rank: int, made: Converted, weight: float | None = None) -> LayerReport:
         """Of a converted layer."""
         dense, latent = _cumulated(made.dense.energies), _cumulated(made.latent.energies)
         return cls(
@@ -51,6 +53,7 @@ class LayerReport(Config):
             dense_energies=dense,
             latent_energies=latent,
             predicted_loss=made.predicted_loss,
+            weight=weight,
             kv_error=made.kv_error,
             q_error=made.q_error,
             rope_error=made.rope_error,
@@ -66,6 +69,8 @@ class ConversionReport(Config):
         num_held_out: of every layer, of other streams, that errors were measured with.
         dense_numbers, latent_numbers: that a token leaves in all layers' caches.
         dense_bytes, latent_bytes: the same in bytes, in bf16 and as the latents are stored.
+        predicted_flow_error: share of the variance of the dense network's flow, to first order and before any
+            tuning (see `layer_weights`); None where layers' weights were not measured.
         layers: one each.
     """
 
@@ -77,6 +82,7 @@ class ConversionReport(Config):
     latent_numbers: int
     dense_bytes: int
     latent_bytes: int
+    predicted_flow_error: float | None
     layers: tuple[LayerReport, ...]
 
     @property
@@ -94,6 +100,7 @@ def table(report: ConversionReport) -> list[str]:
     """A line for every layer, under a heading."""
     lines = [
         "layer  rank  energy  dense 90/95/99 %   latent 90/95/99 %   lost: as predicted   k, v      q   rope"
+        "   weight"
     ]
     for row in report.layers:
         lost = (_percent(value) for value in (row.predicted_loss, row.kv_error, row.q_error, row.rope_error))
@@ -101,6 +108,7 @@ def table(report: ConversionReport) -> list[str]:
             f"{row.layer:>5}{row.kv_rank:>6}{row.energy:>8.3f}"
             f"{'/'.join(map(str, row.dense_ranks)):>18}{'/'.join(map(str, row.latent_ranks)):>20}"
             + "".join(f"{value:>{width}}" for value, width in zip(lost, (21, 7, 7, 7), strict=True))
+            + (f"{'-':>9}" if row.weight is None else f"{row.weight:>9.4f}")
         )
     return lines
 

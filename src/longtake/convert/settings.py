@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from longtake.cache.quantized import KeyStorage, Storage
 from longtake.config import Config
 from longtake.convert.factor import Samples
 from longtake.convert.layer import Method
+from longtake.convert.layer_weights import LayerWeights
 from longtake.convert.network import Plan, layer_gains
 from longtake.convert.ranks import ranks_for_budget, ranks_for_loss
 from longtake.diffusion.flow import Schedule
@@ -31,6 +33,8 @@ class ConvertConfig(Config):
         kv_rank: of the latent, for all layers or one each; None is an eighth of the width, as in VideoMLA.
         budget_bytes: that a token may leave in all layers' caches, stored as `storage` and `key_storage`
             say, in bf16 where they are full: ranks that make the best of it.
+        weigh: what "best" is: "flow" counts every layer's loss by what it costs the network's flow, which is
+            measured (see `layer_weights`), "alike" counts all layers alike. Without tokens, alike.
         max_loss: share of keys and values, as errors matter, that no layer may lose: the least such ranks.
         rank_multiple: chosen ranks are multiples of this. ``one_rank``: and the same for all layers.
         query_rank: of the queries' latent; None makes queries from tokens directly.
@@ -46,6 +50,7 @@ class ConvertConfig(Config):
     method: Method = "covariance"
     kv_rank: int | tuple[int, ...] | None = None
     budget_bytes: int | None = Field(default=None, ge=1)
+    weigh: Literal["flow", "alike"] = "flow"
     max_loss: float | None = Field(default=None, gt=0, lt=1)
     rank_multiple: int = Field(default=1, ge=1)
     one_rank: bool = False
@@ -89,7 +94,19 @@ class ConvertConfig(Config):
         """Whether ranks are to be chosen."""
         return self.budget_bytes is not None or self.max_loss is not None
 
-    def chosen(self, plan: Plan, state: Mapping[str, Tensor], samples: list[Samples] | None) -> Plan:
+    @property
+    def weighs(self) -> bool:
+        """Whether ranks are chosen by what layers' losses cost the flow."""
+        asked = self.budget_bytes is not None and not self.one_rank
+        return asked and self.weigh == "flow" and self.num_tokens > 0
+
+    def chosen(
+        self,
+        plan: Plan,
+        state: Mapping[str, Tensor],
+        samples: list[Samples] | None,
+        weights: LayerWeights | None = None,
+    ) -> Plan:
         """The plan with ranks chosen, where they are to be."""
         if not self.chooses:
             return plan
@@ -104,7 +121,14 @@ class ConvertConfig(Config):
                 layout = latent_layout((rank,), rope, self.storage, self.key_storage)
                 return layout.bytes_per_token(torch.bfloat16)
 
-            ranks = ranks_for_budget(gains, self.budget_bytes, bytes_of, multiple, one_rank=self.one_rank)
+            ranks = ranks_for_budget(
+                gains,
+                self.budget_bytes,
+                bytes_of,
+                multiple,
+                one_rank=self.one_rank,
+                weights=None if weights is None else weights.weights,
+            )
         return replace(plan, latent=plan.latent.replace(kv_rank=ranks))
 
     def latent(self, dense: DiTConfig) -> LatentConfig:

@@ -15,26 +15,22 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from longtake.cache.latent import latent_layout
 from longtake.cache.quantized import KeyStorage, Storage
 from longtake.config import Config
-from longtake.convert.files import captions_for, converted, pipeline_of, tokens_of
+from longtake.convert.files import captions_for, converted, generation_of, pipeline_of
+from longtake.convert.flow_probe import FAR, FlowProbe
 from longtake.convert.network import Plan, is_replaced
+from longtake.convert.report import ConversionReport
 from longtake.convert.settings import ConvertConfig
-from longtake.diffusion.flow import NUM_TRAIN_STEPS, Steps, add_noise
-from longtake.diffusion.sampler import chunk_noise, context_pass, sample_chunk
 from longtake.errors import CheckpointError, ConfigError
-from longtake.history.base import HistoryConfig
-from longtake.history.pure import PureHistory
 from longtake.io.checkpoints import load_into
 from longtake.io.plot import pyplot
-from longtake.models.dit import DiT, TextContext
+from longtake.models.dit import DiT
 from longtake.stream.bundle import load_networks
 
 PAPER_SAVED: Final = 0.927
 """Of VideoMLA (arXiv 2605.30351)."""
-_SIGMAS: Final = (0.9, 0.6, 0.3)
-_FAR: Final = 1 << 20
-"""Between the seeds of what is fitted to and what is judged."""
 _STORED: Final[dict[str, tuple[Storage, KeyStorage]]] = {
     "fp8": ("fp8", "full"),
     "int4": ("int4", "full"),
@@ -87,7 +83,8 @@ class SweepPoint(Config):
         bytes: that a token leaves in all layers' caches, in bf16 where nothing else is said.
         saved: share of the dense model's bytes that is gone.
         predicted_loss, kv_error: of keys and values, as errors matter, mean over layers, see `LayerReport`.
-        flow_error: share of the variance of the dense model's flow.
+        predicted_flow_error, flow_error: share of the variance of the dense model's flow, see
+            `ConversionReport`.
     """
 
     kind: str
@@ -97,12 +94,13 @@ class SweepPoint(Config):
     saved: float
     predicted_loss: float | None
     kv_error: float | None
+    predicted_flow_error: float | None
     flow_error: float
 
     @property
-    def losses(self) -> tuple[float | None, float | None, float]:
-        """Predicted, of keys and values, and of the flow."""
-        return self.predicted_loss, self.kv_error, self.flow_error
+    def losses(self) -> tuple[float | None, ...]:
+        """Of keys and values, predicted and measured, then of the flow."""
+        return self.predicted_loss, self.kv_error, self.predicted_flow_error, self.flow_error
 
 
 class SweepReport(Config):
@@ -117,73 +115,6 @@ class SweepReport(Config):
     config: SweepConfig
     dense_bytes: int
     points: tuple[SweepPoint, ...]
-
-
-class FlowProbe:
-    """Streams of a dense model, and what it says the flow is at some noise levels of every chunk.
-
-    Args:
-        dense: the network.
-        texts: a prompt for each stream.
-        history, steps: of its streams. ``latent_shape``: channels, height, width.
-        num_chunks: of every stream. ``seed``: of noise.
-    """
-
-    def __init__(
-        self,
-        dense: DiT,
-        texts: Sequence[TextContext],
-        history: HistoryConfig,
-        steps: Steps,
-        latent_shape: tuple[int, int, int],
-        num_chunks: int,
-        seed: int,
-    ) -> None:
-        self._text = TextContext.stack(list(texts))
-        self._history, self._grid = history, dense.token_grid(*latent_shape[1:])
-        shape = (history.chunk_frames, *latent_shape)
-        seeds = [seed + row for row in range(len(texts))]
-        self._chunks: list[Tensor] = []
-        self._noise: list[list[Tensor]] = []
-        device = dense.patch_embedding.weight.device
-        past = self._past(dense)
-        with torch.no_grad():
-            for chunk in range(num_chunks):
-                indices = [chunk] * len(seeds)
-                view = past.view()
-                noise = chunk_noise(seeds, indices, len(steps.timesteps), shape)
-                clean = sample_chunk(dense, self._text, view, [each.to(device) for each in noise], steps)
-                past = past.commit(context_pass(dense, self._text, view, clean))
-                fresh = chunk_noise([each + _FAR for each in seeds], indices, len(_SIGMAS), shape)
-                self._chunks.append(clean)
-                self._noise.append([each.to(device) for each in fresh])
-        self._flows = self._flows_of(dense)
-
-    def error_of(self, dit: DiT) -> float:
-        """Of another network's flow, as a share of the variance of the dense one's."""
-        wrong = torch.stack([(flow - truth).square().mean() for flow, truth in self._pairs(dit)])
-        spread = torch.stack([(truth - truth.mean()).square().mean() for truth in self._flows])
-        return float(wrong.mean() / spread.mean())
-
-    def _pairs(self, dit: DiT) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self._flows_of(dit), self._flows, strict=True))
-
-    def _past(self, dit: DiT) -> PureHistory:
-        policy = dit.policy(self._history.policy, self._grid)
-        device = dit.patch_embedding.weight.device
-        return PureHistory(self._history, dit.cache_spec(), self._grid, policy, device)
-
-    @torch.no_grad()
-    def _flows_of(self, dit: DiT) -> list[Tensor]:
-        past, flows = self._past(dit), []
-        for clean, noise in zip(self._chunks, self._noise, strict=True):
-            view = past.view()
-            for sigma, fresh in zip(_SIGMAS, noise, strict=True):
-                times = clean.new_full(clean.shape[:2], sigma * NUM_TRAIN_STEPS)
-                flow, _ = dit(add_noise(clean, fresh, sigma), times, self._text, view)
-                flows.append(flow)
-            past = past.commit(context_pass(dit, self._text, view, clean))
-        return flows
 
 
 def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) -> SweepReport:
@@ -205,12 +136,17 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         asked = wanted.replace(kv_rank=rank)
         Plan(card.dit, asked.latent(card.dit), asked.method)  # refused before anything is generated
     pipeline = pipeline_of(card.stream, networks)
-    samples = None
+    samples = layer_weights = None
     if wanted.num_tokens > 0:
         progress("tokens to be fitted to")
-        samples = tokens_of(pipeline, captions_for(networks["text"], wanted.seed), wanted)
+        generation = generation_of(pipeline, captions_for(networks["text"], wanted.seed))
+        samples = generation.samples(wanted)
+        if wanted.weigh == "flow":
+            latent = wanted.replace(kv_rank=min(config.ranks)).latent(card.dit)
+            plan = Plan(card.dit, latent, wanted.method, wanted.seed)
+            layer_weights = generation.weights(plan, samples, wanted, progress)
     progress("streams to be judged by")
-    prompts = captions_for(networks["text"], wanted.seed + _FAR, config.num_streams)
+    prompts = captions_for(networks["text"], wanted.seed + FAR, config.num_streams)
     probe = FlowProbe(
         dense,
         [pipeline.encode_prompt(prompt) for prompt in prompts],
@@ -218,27 +154,41 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         card.stream.schedule.resolve(),
         pipeline.latent_shape[1:],
         config.num_chunks,
-        wanted.seed + _FAR,
+        wanted.seed + FAR,
     )
     state = dense.state_dict()
     points: list[SweepPoint] = []
+    made: dict[ConvertConfig, tuple[Plan, dict[str, Tensor], ConversionReport]] = {}
     dense_bytes = 0
 
-    def take(kind: str, asked: float, settings: ConvertConfig) -> SweepPoint:
+    def take(
+        kind: str,
+        asked: float,
+        settings: ConvertConfig,
+        storages: tuple[Storage, KeyStorage] = ("full", "full"),
+    ) -> SweepPoint:
         nonlocal dense_bytes
         plan = Plan(card.dit, settings.latent(card.dit), settings.method, settings.seed)
-        plan, weights, report = converted(plan, state, samples, settings, str(path), lambda _: None)
-        dit = DiT(plan.config).eval().requires_grad_(False)
+        if settings not in made:
+            made[settings] = converted(
+                plan, state, samples, settings, str(path), lambda _: None, layer_weights
+            )
+        plan, weights, report = made[settings]
+        latent = plan.latent.replace(storage=storages[0], key_storage=storages[1])
+        dit = DiT(plan.dense.replace(latent=latent)).eval().requires_grad_(False)
         load_into(dit, {n: t for n, t in state.items() if not is_replaced(n)} | weights, "conversion")
-        dense_bytes = report.dense_bytes
+        ranks = latent.ranks(card.dit.num_layers)
+        layout = latent_layout(ranks, latent.rope(card.dit.head_dim), *storages)
+        dense_bytes, num_bytes = report.dense_bytes, layout.bytes_per_token(torch.bfloat16)
         point = SweepPoint(
             kind=kind,
             asked=asked,
-            ranks=plan.latent.ranks(card.dit.num_layers),
-            bytes=report.latent_bytes,
-            saved=report.saved,
+            ranks=ranks,
+            bytes=num_bytes,
+            saved=1 - num_bytes / dense_bytes,
             predicted_loss=_mean([row.predicted_loss for row in report.layers]),
             kv_error=_mean([row.kv_error for row in report.layers]),
+            predicted_flow_error=report.predicted_flow_error,
             flow_error=probe.error_of(dit),
         )
         points.append(point)
@@ -254,9 +204,9 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         except ConfigError as error:  # of some layers no rank holds it; what was measured stays
             progress(f"max loss {loss:g} is left out: {error.problem}")
     if config.stored_rank is not None:
-        for name, (storage, key) in _STORED.items():
-            stored = wanted.replace(kv_rank=config.stored_rank, storage=storage, key_storage=key)
-            take(name, config.stored_rank, stored)
+        stored = wanted.replace(kv_rank=config.stored_rank)
+        for name, storages in _STORED.items():
+            take(name, config.stored_rank, stored, storages)
     return SweepReport(source=str(path), config=config, dense_bytes=dense_bytes, points=tuple(points))
 
 
@@ -270,7 +220,7 @@ def line(point: SweepPoint) -> str:
 
 def heading() -> str:
     """Above such lines; shares are in percent."""
-    shares = "".join(f"{name:>11}" for name in ("saved", "predicted", "k and v", "flow"))
+    shares = "".join(f"{name:>11}" for name in ("saved", "predicted", "k and v", "predicted", "flow"))
     return f"{'kind':<18}{'asked':>8}{'ranks':>12}{'bytes':>8}{shares}"
 
 

@@ -1,0 +1,97 @@
+"""What a loss of each layer's keys and values costs the whole network's flow, measured.
+
+Layers do not count alike: in the small model the flow suffers a hundred times more from what the last layer
+loses than from the second. So all layers are made latent at an ample rank, and then one after another at a
+low one; how much further the flow is off then, for what that layer lost, is its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from longtake.convert.factor import Samples
+from longtake.convert.flow_probe import FlowProbe
+from longtake.convert.network import Plan, convert_layers, is_replaced, layer_gains
+from longtake.convert.ranks import lost
+from longtake.models.dit import DiT
+
+_LEAST = 0.01
+"""A weight is at least this share of the largest: what was measured at one rank is believed so far."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """A first-order account of the flow's error.
+
+    Args:
+        error: of the flow with all layers at an ample rank, as a share of its variance.
+        losses: of every layer there, see `ranks.lost`.
+        weights: of every layer how much the flow's error grows with its loss.
+    """
+
+    error: float
+    losses: tuple[float, ...]
+    weights: tuple[float, ...]
+
+    def predicted(self, losses: Sequence[float]) -> float:
+        """The flow's error where layers lose so much."""
+        more = zip(self.weights, losses, self.losses, strict=True)
+        return max(0.0, self.error + sum(weight * (loss - before) for weight, loss, before in more))
+
+
+def weigh_layers(
+    plan: Plan,
+    dense: DiT,
+    state: Mapping[str, Tensor],
+    samples: list[Samples] | None,
+    probe: FlowProbe,
+    progress: Callable[[str], None],
+) -> LayerWeights:
+    """Measure every layer's weight.
+
+    Args:
+        plan: what is made; its ranks do not matter.
+        dense: the network; ``state``: its weights.
+        samples: see `network.convert_layers`.
+        probe: of the dense network.
+        progress: told in words what goes on.
+    """
+    layers, width = plan.dense.num_layers, plan.dense.width
+    ample, low = max(2, 3 * width // 8), max(1, width // 16)
+    gains = layer_gains(plan, state, samples)
+    of_ample, of_low = (_by_layer(plan, rank, state, samples) for rank in (ample, low))
+    kept = {name: tensor for name, tensor in state.items() if not is_replaced(name)}
+    kind = dense.patch_embedding.weight.dtype
+
+    def error(lowered: int | None) -> float:
+        ranks = [low if layer == lowered else ample for layer in range(layers)]
+        with torch.device("meta"):
+            dit = DiT(plan.dense.replace(latent=plan.latent.replace(kv_rank=tuple(ranks))))
+        chosen = [(of_low if layer == lowered else of_ample)[layer] for layer in range(layers)]
+        weights = {name: tensor.to(kind) for each in chosen for name, tensor in each.items()}
+        dit.load_state_dict(kept | weights, assign=True)
+        return probe.error_of(dit.eval().requires_grad_(False))
+
+    base = error(None)
+    before = tuple(lost(of_layer, ample) for of_layer in gains)
+    weights = []
+    for layer in range(layers):
+        growth = lost(gains[layer], low) - before[layer]
+        weights.append(max(0.0, error(layer) - base) / growth if growth > 0 else 0.0)
+        progress(f"layer {layer + 1} of {layers}: the flow's error grows {weights[-1]:.3f} times its loss")
+    least = _LEAST * max(weights)
+    return LayerWeights(base, before, tuple(max(least, weight) for weight in weights))
+
+
+def _by_layer(
+    plan: Plan, rank: int, state: Mapping[str, Tensor], samples: list[Samples] | None
+) -> list[dict[str, Tensor]]:
+    one = Plan(plan.dense, plan.latent.replace(kv_rank=rank), plan.method, plan.seed)
+    return [
+        {f"blocks.{layer}.self_attn.{name}": tensor for name, tensor in made.weights.items()}
+        for layer, made in convert_layers(one, state, samples)
+    ]
