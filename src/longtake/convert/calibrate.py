@@ -24,6 +24,12 @@ _HELD_OUT_OF = 4
 """One stream of so many is held out."""
 
 
+def held_out_texts(texts: Sequence[TextContext], count: int) -> list[TextContext]:
+    """Prompts of streams that `sample_tokens` holds out, so many of them, some more than once if need be."""
+    last = range(_HELD_OUT_OF - 1, max(len(texts), _HELD_OUT_OF), _HELD_OUT_OF)
+    return [texts[stream % len(texts)] for stream in itertools.islice(itertools.cycle(last), count)]
+
+
 class TokenSampler:
     """Keeps some of the tokens that enter every layer, those of some streams apart.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,9 @@ from torch import Tensor, nn
 from longtake.cache.dense import dense_layout
 from longtake.cache.latent import latent_layout
 from longtake.convert.bare import BareWeights
-from longtake.convert.calibrate import sample_tokens
+from longtake.convert.calibrate import held_out_texts, sample_tokens
 from longtake.convert.factor import Samples
-from longtake.convert.flow_probe import FlowProbe
+from longtake.convert.flow_probe import FAR, FlowProbe
 from longtake.convert.layer_weights import LayerWeights, weigh_layers
 from longtake.convert.network import Plan, convert_layers, is_replaced
 from longtake.convert.report import ConversionReport, LayerReport
@@ -41,7 +40,7 @@ from longtake.world import sample_scene
 from longtake.world.vocabulary import LEVELS
 
 _NUM_CAPTIONS = 24
-_NUM_PROBED = 4
+_NUM_PROBED = 6
 """Streams that layers' weights are measured over."""
 Progress = Callable[[str], None]
 
@@ -77,10 +76,11 @@ class Generation:
     def weights(
         self, plan: Plan, samples: list[Samples], config: ConvertConfig, progress: Progress
     ) -> LayerWeights:
-        """Of every layer what its loss costs the flow, over some of these streams."""
-        texts = list(itertools.islice(itertools.cycle(self.texts), _NUM_PROBED))
+        """Of every layer what its loss costs the flow, over streams that nothing was fitted to."""
+        texts = held_out_texts(self.texts, _NUM_PROBED)
+        seed = config.seed + FAR // 2  # others than a sweep judges by
         probe = FlowProbe(
-            self.dit, texts, self.history, self.steps, self.latent_shape, config.num_chunks, config.seed
+            self.dit, texts, self.history, self.steps, self.latent_shape, config.num_chunks, seed
         )
         return weigh_layers(plan, self.dit, self.dit.state_dict(), samples, probe, progress)
 

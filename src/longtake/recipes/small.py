@@ -255,7 +255,10 @@ def tiny_latent() -> Recipe:
         warm_start="tiny",
         stages=("latents", "layers", "memory", "export"),
         dit_model=dense.dit_model.replace(
-            latent=LatentConfig(kv_rank=32, query_rank=None, nope_dim=24, rope_bands=(2, 1, 1))
+            # `longtake convert tiny --budget-bytes 896` in multiples of eight: the last layer needs most.
+            latent=LatentConfig(
+                kv_rank=(56, 8, 64, 16, 40, 56, 16, 128), query_rank=None, nope_dim=24, rope_bands=(2, 1, 1)
+            )
         ),
         layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
         memory=dense.memory.replace(
