@@ -104,6 +104,7 @@ def convert_bundle(
     dit = networks["dit"]
     assert isinstance(dit, DiT)
     plan = Plan(card.dit, config.latent(card.dit), config.method, config.seed)
+    config.check_budget(plan)
     samples = layer_weights = None
     if config.num_tokens > 0:
         if prompts is None:
@@ -160,6 +161,7 @@ def convert_weights(
         CheckpointError: not writable. ConfigError: sizes that do not fit.
     """
     plan = Plan(bare.config, config.latent(bare.config), config.method, config.seed)
+    config.check_budget(plan)
     samples = layer_weights = None
     if calibration is not None and config.num_tokens > 0:
         progress(f"{config.num_chunks} chunks a stream for {config.num_tokens} tokens of every layer")

@@ -21,6 +21,16 @@ def lost(gains: Sequence[float], rank: int) -> float:
     return max(0.0, 1.0 - sum(gains[:rank]))
 
 
+def check_budget(budget_bytes: int, layers: int, bytes_of: Callable[[int], int], multiple: int = 1) -> None:
+    """Raises ConfigError for a budget that does not hold the least rank of every layer; as below."""
+    least = layers * bytes_of(multiple)
+    if budget_bytes < least:
+        raise ConfigError(
+            f"budget_bytes={budget_bytes} holds no rank of {multiple} in {layers} layers",
+            f"use {least} or more",
+        )
+
+
 def ranks_for_budget(
     gains: Sequence[Sequence[float]],
     budget_bytes: int,
@@ -44,11 +54,7 @@ def ranks_for_budget(
         ConfigError: a budget that does not hold the least rank of every layer.
     """
     layers = len(gains)
-    if budget_bytes < layers * bytes_of(multiple):
-        raise ConfigError(
-            f"budget_bytes={budget_bytes} holds no rank of {multiple} in {layers} layers",
-            f"use {layers * bytes_of(multiple)} or more",
-        )
+    check_budget(budget_bytes, layers, bytes_of, multiple)
     most = max(multiple, min(map(len, gains)) // multiple * multiple)
     if one_rank:
         fitting = (rank for rank in range(most, 0, -multiple) if layers * bytes_of(rank) <= budget_bytes)

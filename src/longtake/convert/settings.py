@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,7 +18,7 @@ from longtake.convert.factor import Samples
 from longtake.convert.layer import Method
 from longtake.convert.layer_weights import LayerWeights
 from longtake.convert.network import Plan, layer_gains
-from longtake.convert.ranks import ranks_for_budget, ranks_for_loss
+from longtake.convert.ranks import check_budget, ranks_for_budget, ranks_for_loss
 from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
@@ -100,6 +101,17 @@ class ConvertConfig(Config):
         asked = self.budget_bytes is not None and not self.one_rank
         return asked and self.weigh == "flow" and self.num_tokens > 0
 
+    def check_budget(self, plan: Plan) -> None:
+        """Raises ConfigError for a budget that no ranks fit, before anything is measured."""
+        if self.budget_bytes is not None:
+            layers, bytes_of = plan.dense.num_layers, partial(self._bytes_of, plan)
+            check_budget(self.budget_bytes, layers, bytes_of, self.rank_multiple)
+
+    def _bytes_of(self, plan: Plan, rank: int) -> int:
+        """What a layer of a rank takes of a budget."""
+        rope = plan.latent.rope(plan.dense.head_dim)
+        return latent_layout((rank,), rope, self.storage, self.key_storage).bytes_per_token(torch.bfloat16)
+
     def chosen(
         self,
         plan: Plan,
@@ -115,16 +127,10 @@ class ConvertConfig(Config):
             ranks = ranks_for_loss(gains, self.max_loss, multiple, one_rank=self.one_rank)
         else:
             assert self.budget_bytes is not None
-
-            def bytes_of(rank: int) -> int:
-                rope = plan.latent.rope(plan.dense.head_dim)
-                layout = latent_layout((rank,), rope, self.storage, self.key_storage)
-                return layout.bytes_per_token(torch.bfloat16)
-
             ranks = ranks_for_budget(
                 gains,
                 self.budget_bytes,
-                bytes_of,
+                partial(self._bytes_of, plan),
                 multiple,
                 one_rank=self.one_rank,
                 weights=None if weights is None else weights.weights,
