@@ -36,6 +36,6 @@ def test_a_layer_that_says_nothing_weighs_next_to_nothing(tmp_path: Path) -> Non
 
 
 def test_predictions_are_to_first_order() -> None:
-    weights = LayerWeights(error=0.1, losses=(0.2, 0.0), weights=(0.5, 2.0))
+    weights = LayerWeights(error=0.1, gains=((0.8,), (1.0,)), losses=(0.2, 0.0), weights=(0.5, 2.0))
     assert weights.predicted((0.4, 0.1)) == pytest.approx(0.1 + 0.5 * 0.2 + 2.0 * 0.1)
     assert weights.predicted((0.0, 0.0)) == pytest.approx(0.0)

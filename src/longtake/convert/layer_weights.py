@@ -29,11 +29,12 @@ class LayerWeights:
 
     Args:
         error: of the flow with all layers at an ample rank, as a share of its variance.
-        losses: of every layer there, see `ranks.lost`.
+        gains: of every layer, see `ranks`. ``losses``: of every layer at the ample rank.
         weights: of every layer how much the flow's error grows with its loss.
     """
 
     error: float
+    gains: tuple[tuple[float, ...], ...]
     losses: tuple[float, ...]
     weights: tuple[float, ...]
 
@@ -62,7 +63,7 @@ def weigh_layers(
     """
     layers, width = plan.dense.num_layers, plan.dense.width
     ample, low = max(2, 3 * width // 8), max(1, width // 16)
-    gains = layer_gains(plan, state, samples)
+    gains = tuple(layer_gains(plan, state, samples))
     of_ample, of_low = (_by_layer(plan, rank, state, samples) for rank in (ample, low))
     kept = {name: tensor for name, tensor in state.items() if not is_replaced(name)}
     kind = dense.patch_embedding.weight.dtype
@@ -84,7 +85,7 @@ def weigh_layers(
         weights.append(max(0.0, error(layer) - base) / growth if growth > 0 else 0.0)
         progress(f"layer {layer + 1} of {layers}: the flow's error grows {weights[-1]:.3f} times its loss")
     least = _LEAST * max(weights)
-    return LayerWeights(base, before, tuple(max(least, weight) for weight in weights))
+    return LayerWeights(base, gains, before, tuple(max(least, weight) for weight in weights))
 
 
 def _by_layer(

@@ -122,7 +122,8 @@ class ConvertConfig(Config):
         """The plan with ranks chosen, where they are to be."""
         if not self.chooses:
             return plan
-        gains, multiple = layer_gains(plan, state, samples), self.rank_multiple
+        gains = layer_gains(plan, state, samples) if weights is None else weights.gains
+        multiple = self.rank_multiple
         if self.max_loss is not None:
             ranks = ranks_for_loss(gains, self.max_loss, multiple, one_rank=self.one_rank)
         else:

@@ -168,8 +168,8 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         storages: tuple[Storage, KeyStorage] = ("full", "full"),
     ) -> SweepPoint:
         nonlocal dense_bytes
-        plan = Plan(card.dit, settings.latent(card.dit), settings.method, settings.seed)
         if settings not in made:
+            plan = Plan(card.dit, settings.latent(card.dit), settings.method, settings.seed)
             made[settings] = converted(
                 plan, state, samples, settings, str(path), lambda _: None, layer_weights
             )

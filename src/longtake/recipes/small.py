@@ -255,7 +255,7 @@ def tiny_latent() -> Recipe:
         warm_start="tiny",
         stages=("latents", "layers", "memory", "export"),
         dit_model=dense.dit_model.replace(
-            # `longtake convert tiny --budget-bytes 896` in multiples of eight: the last layer needs most.
+            # About what `longtake convert tiny --budget-bytes 896 --rank-multiple 8` chooses.
             latent=LatentConfig(
                 kv_rank=(56, 8, 64, 16, 40, 56, 16, 128), query_rank=None, nope_dim=24, rope_bands=(2, 1, 1)
             )
