@@ -160,6 +160,12 @@ STREAM_SETTINGS: list[dict[str, Any]] = [
     {"policy": AverageConfig(decays=(0.5,)), "guidance": 1.5},
     {"policy": EvolvingConfig(timing="second_pass", read_layers=(1,), read_initially=False), "guidance": 2.0},
     {"latent": LATENT, "policy": EvolvingConfig(), "positions": Relative(f_max=10)},
+    {
+        "latent": LATENT.replace(path="kept", rope_bands=((0, 0), 1, (1,))),
+        "policy": EvolvingConfig(timing="second_pass"),
+        "positions": Relative(f_max=10),
+        "guidance": 1.5,
+    },
     {"latent": LATENT.replace(path="absorbed", storage="int4", debias=True), "guidance": 1.5},
     {
         "latent": LATENT.replace(kv_rank=8, storage="fp8", key_storage="fp8"),

@@ -16,7 +16,7 @@ from longtake.cache.latent import latent_layout
 from longtake.convert.calibrate import sample_tokens
 from longtake.convert.dense import DenseLayer, Linear
 from longtake.convert.factor import LowRank, Samples, Target, Tokens, effective_ranks
-from longtake.convert.layer import convert_layer
+from longtake.convert.layer import Converted, convert_layer
 from longtake.convert.network import Plan, convert_layers
 from longtake.convert.settings import ConvertConfig
 from longtake.diffusion.flow import Schedule
@@ -89,6 +89,31 @@ def test_more_rank_loses_less() -> None:
     errors = [convert_layer(dense, LATENT, rank, tokens, "covariance").kv_error or 0.0 for rank in ranks]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.3 * errors[0]
+
+
+def test_more_shared_keys_lose_less_and_one_for_each_head_nothing() -> None:
+    """Of two heads here, without norms, which are no linear maps."""
+    weights = small_dit(0, qk_norm=False).state_dict()
+    dense, tokens = DenseLayer.of(weights, 0, HEADS, 1e-6), Tokens.sampled(sampled())
+
+    def made(*bands: int) -> Converted:
+        one = tuple(bands)
+        return convert_layer(dense, LATENT.replace(rope_bands=(one, one, one)), 10, tokens, "covariance")
+
+    one, two = made(0), made(0, 0)
+    assert one.rope_error is not None
+    assert two.rope_error is not None
+    assert one.rope_error > 0.1
+    assert two.rope_error == pytest.approx(0, abs=1e-4)
+    assert two.kv_error == one.kv_error
+    with pytest.raises(ConfigError, match="name a band 3 times for 2 heads"):
+        Plan(small_dit(0).config, LATENT.replace(rope_bands=((0, 0, 0), 1, 1)), "svd")
+
+
+def test_keys_are_counted_for_all_bands() -> None:
+    made = ConvertConfig(rope_bands=(2, (1,), 1), rope_keys=2).latent(small_dit().config)
+    assert made.rope_bands == ((0, 0, 1, 1), (1, 1), (0, 0))
+    assert (made.rope_dim, made.nope_dim) == (16, 4)
 
 
 def test_one_head_at_one_place_is_what_it_was() -> None:

@@ -102,6 +102,10 @@ def test_a_model_file_is_converted_and_streams(
     kept = load_model(str(tmp_path / "keys.safetensors")).card.dit.latent
     assert kept is not None
     assert (kept.storage, kept.key_storage, kept.debias) == ("int4", "fp8", True)  # what is not said stays
+    assert kept.path == "auto"
+    assert convert(packed, tmp_path / "fast.safetensors", "--path", "kept") == 0
+    fast = load_model(str(tmp_path / "fast.safetensors")).card.dit.latent
+    assert fast == kept.replace(path="kept", key_storage="full")
     assert convert(packed, tmp_path / "back.safetensors", "--storage", "full") == 0
     assert load_model(str(tmp_path / "back.safetensors")).pipeline.digest == model.pipeline.digest
     assert convert(out, tmp_path / "again.safetensors", "--kv-rank", "3", "--storage", "fp8") == 2

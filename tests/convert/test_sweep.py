@@ -46,6 +46,27 @@ def test_more_bytes_lose_less(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert told.count("one rank") == 3
 
 
+def test_several_shared_keys_are_swept_at_the_same_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where they leave room for latents at all."""
+    source, out = write_model(tmp_path / "dense.safetensors"), tmp_path / "sweep"
+    swept = ("--ranks", "2", "20", "--rope-keys", "2", "--stored-rank", "None")
+    assert sweep(source, out, *swept) == 0
+    points = json.loads((out / "conversion.json").read_text())["points"]
+    one, two = (
+        [point for point in points if point["kind"] == kind] for kind in ("automatic", "automatic, 2 keys")
+    )
+    assert len(one) == 2
+    assert [point["bytes"] for point in two] == [2 * 2 * (20 + 6)]
+    assert sum(two[0]["ranks"]) == sum(one[1]["ranks"]) - 2 * 6
+    assert two[0]["flow_error"] != one[1]["flow_error"]
+    told = capsys.readouterr().err
+    assert "automatic, 2 keys, 32 bytes: left out: budget_bytes=32 holds no rank of 1 in 2 layers" in told
+    assert sweep(source, out, *swept[:-3], "3", "--stored-rank", "None") == 2
+    assert "name a band 3 times for 2 heads" in capsys.readouterr().err
+
+
 def test_a_loss_that_no_rank_holds_takes_nothing_else_along(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,9 +83,9 @@ def reference(layer: LatentAttention, x_ftw: list[Tensor], own: int, ids: list[f
     return linear("o", torch.cat(heads, -1))
 
 
-@pytest.mark.parametrize("path", ["expand", "absorbed", "auto"])
+@pytest.mark.parametrize("path", ["expand", "absorbed", "auto", "kept"])
 @pytest.mark.parametrize("query_rank", [None, 5])
-@pytest.mark.parametrize("bands", [(1, 1, 1), ((1,), 0, (0, 1)), (2, 2, 2)])
+@pytest.mark.parametrize("bands", [(1, 1, 1), ((1,), 0, (0, 1)), (2, 2, 2), ((0, 0, 1), (0, 0), 1)])
 def test_both_paths_are_what_the_definition_says(path: str, query_rank: int | None, bands: Any) -> None:
     layer = attention(path=path, query_rank=query_rank, rope_bands=bands)
     spec = latent_layout((8,), layer.config.rope(HEAD))
@@ -107,6 +107,38 @@ def test_both_paths_are_what_the_definition_says(path: str, query_rank: int | No
         again, _ = layer(many, copies, 0)
         torch.testing.assert_close(again[0], expected, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(again[2], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_kept_is_of_one_view_and_of_no_gradient() -> None:
+    """The second pass over a view expands nothing of the past again; another view begins anew."""
+    network = small_dit(latent=LATENT.replace(path="kept"))
+    config = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6))
+    history = PureHistory(config, network.cache_spec(), GRID, network.policy(config.policy, GRID))
+    text = network.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8))
+    expanded: list[int] = []
+    layer = network.blocks[1].self_attn
+    assert isinstance(layer, LatentAttention)
+    layer.k_up.register_forward_hook(lambda module, inputs, output: expanded.append(inputs[0].shape[1]))
+
+    def read(view: HistoryView) -> Entries:
+        return network(torch.randn(1, 2, 3, *GRID), torch.zeros(1, 2), text, view)[1]
+
+    own, past = 2 * TOKENS, 3 * TOKENS
+    with torch.no_grad():
+        for _ in range(2):
+            history = history.commit(read(history.view()))
+        expanded.clear()
+        view = history.view()
+        read(view)
+        assert sum(expanded) == own + past
+        expanded.clear()
+        read(view)
+        assert expanded == [own]
+        read(view.select([0]))
+        assert sum(expanded) == own + own + past
+    expanded.clear()
+    assert all(entries.requires_grad for entries in read(view).layers[0].values())
+    assert sum(expanded) == own + past
 
 
 def both_paths(**changes: Any) -> tuple[DiT, DiT]:
@@ -212,9 +244,7 @@ def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None
 
 
 def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
-    """One network written down twice, the second time with a key of other turns and sizes: heads, memories
-    and policies see the same.
-    """
+    """One network written down twice, the second time with a key of other turns and sizes."""
     one = small_dit(memory=MEMORY, latent=LATENT)
     other = small_dit(memory=MEMORY, latent=LATENT)
     other.load_state_dict(one.state_dict())
@@ -233,6 +263,49 @@ def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
                     turned = torch.view_as_real(torch.view_as_complex(rows.contiguous()) * factors)
                     tensor.copy_(turned.movedim(-1, 2).reshape(tensor.shape))
             layer.turns.copy_(torch.view_as_real(1 / as_complex).expand_as(layer.turns))
+    assert_all_see_the_same(one, other)
+
+
+def test_several_shared_keys_that_add_up_to_one_are_that_one() -> None:
+    """One network written down twice, the second time with two shared keys of each band, of which heads make
+    the one that they had.
+    """
+    one = small_dit(memory=MEMORY, latent=LATENT)
+    bands = ((0, 0), (0, 0), (1, 1))
+    other = small_dit(memory=MEMORY, latent=LATENT.replace(rope_bands=bands))
+    pairs, generator = LATENT.rope_dim // 2, torch.Generator().manual_seed(0)
+    same = {name: tensor for name, tensor in one.state_dict().items() if not name.endswith("turns")}
+    replaced = {name for name in same if ".k_rope." in name or ".q_rope." in name}
+    other.load_state_dict({name: same[name] for name in same.keys() - replaced}, strict=False)
+    sharpness = ((LATENT.nope_dim + 2 * LATENT.rope_dim) / (LATENT.nope_dim + LATENT.rope_dim)) ** 0.5
+    for before, after in zip(one.blocks, other.blocks, strict=True):
+        layer, plain = after.self_attn, before.self_attn
+        assert isinstance(layer, LatentAttention)
+        assert isinstance(plain, LatentAttention)
+        turns_p2 = torch.view_as_complex(torch.randn(pairs, 2, 2, generator=generator) + 0.5)
+        keys_p2 = torch.view_as_complex(torch.randn(pairs, 2, 2, generator=generator))
+        keys_p2[:, 1] = (1 - turns_p2[:, 0] * keys_p2[:, 0]) / turns_p2[:, 1]
+        with torch.no_grad():
+            for name, factors_p2 in (("k_rope", keys_p2), ("q_rope", sharpness * turns_p2.conj())):
+                for part in ("weight", "bias"):
+                    given = getattr(getattr(plain, name), part)
+                    rows = given.reshape(-1, pairs, 2, *given.shape[1:]).movedim(2, -1)  # heads, pairs
+                    as_complex = torch.view_as_complex(rows.contiguous()).unsqueeze(2)
+                    made = as_complex * factors_p2.view(1, pairs, 2, *(1,) * (given.dim() - 1))
+                    target = getattr(getattr(layer, name), part)
+                    target.copy_(torch.view_as_real(made).movedim(-1, 3).reshape(target.shape))
+            layer.q_nope.weight.mul_(sharpness)
+            layer.q_nope.bias.mul_(sharpness)
+            layer.turns.copy_(torch.view_as_real(turns_p2.flatten()).expand_as(layer.turns))
+    for path in ("expand", "absorbed"):
+        for block in other.blocks:
+            assert isinstance(block.self_attn, LatentAttention)
+            block.self_attn.config = block.self_attn.config.replace(path=path)
+        assert_all_see_the_same(one, other)
+
+
+def assert_all_see_the_same(one: DiT, other: DiT) -> None:
+    """Heads, memories and policies."""
     config = HistoryConfig(
         window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6), policy=EvolvingConfig()
     )

@@ -170,6 +170,16 @@ def test_a_forward_pass_holds_one_layer_of_keys_and_values_at_a_time(path: str) 
         assert grown < 0.7 * expansion
 
 
+def test_a_band_that_is_named_twice_has_two_shared_keys() -> None:
+    config = LatentConfig(kv_rank=8, query_rank=None, nope_dim=6, rope_bands=((0, 0, 0), (0, 0), 1))
+    assert config.rope_dim == 12
+    assert config.keys_of_pairs(12) == (3, 2, 1)
+    assert config.still_dim(12) == 6
+    assert config.splits(12)
+    assert config.rope(12).frequencies == ((1.0, 1.0, 1.0), (1.0, 1.0), (1.0,))
+    assert latent_layout((8,), config.rope(12)).numbers_per_token(0) == 8 + 12
+
+
 def test_layers_may_have_ranks_of_their_own() -> None:
     network = small_dit(latent=LATENT)
     spec = network.cache_spec()
@@ -185,6 +195,7 @@ def test_layers_may_have_ranks_of_their_own() -> None:
         ({"kv_rank": 0}, "below 1"),
         ({"rope_bands": (3, 1, 1)}, r"has \(2, 2, 2\) bands"),
         ({"rope_bands": ((1, 0), 1, 1)}, "nor ascending"),
+        ({"rope_bands": ((0, 0, 2), 1, 1)}, r"has \(2, 2, 2\) bands"),
         ({"rope_bands": (0, 0, 0)}, "leave no position"),
         ({"debias": True}, "only int4 has errors"),
         ({"rope_bands": (-1, 1, 1)}, "nor ascending"),

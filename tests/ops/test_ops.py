@@ -70,6 +70,20 @@ def test_no_turn_at_zero() -> None:
     assert torch.equal(rotate(x, still), x)
 
 
+@pytest.mark.parametrize(("of_keys", "of_values"), [(5, 3), (3, 5), (4, 4)])
+def test_keys_and_values_may_be_of_different_widths(of_keys: int, of_values: int) -> None:
+    """Scores are scaled by the keys' own width."""
+    q, k = torch.randn(2, 3, 2, of_keys), torch.randn(2, 7, 2, of_keys)
+    v = torch.randn(2, 7, 2, of_values, requires_grad=True)
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).mul(of_keys**-0.5).softmax(-1)
+    expected = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+    found = attention(q, k, v)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad(out.square().sum(), v)[0] for out in (found, expected)), atol=1e-5, rtol=1e-4
+    )
+
+
 def test_attention_is_softmax_and_masks() -> None:
     q, k, v = torch.randn(2, 3, 2, 4), torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 2).softmax(-1)

@@ -46,9 +46,14 @@ class Arguments(Config):
             left out.
         nope_dim: channels of a head without positions; all that do not turn if left out.
         rope_bands: bands that turn with time, row and column, as numbers of the highest ones.
-        storage: of latents in a cache: as they are, in 8 bits, or in 4; as they are where it is left out. Of
-            a model that is latent already this and the next two alone can be changed, and what is left out
+        rope_keys: keys that heads share of each of these bands, each head a mixture of its own; 1 in
+            VideoMLA.
+        path: how attention is computed: with one layer's keys and values made of latents (expand), none
+            (absorbed), those of the past made once for all passes of a chunk (kept: the least time, and all
+            layers' until the chunk is done), or by the first two's FLOPs (auto, where it is left out). Of a
+            model that is latent already this and the next three alone can be changed, and what is left out
             stays.
+        storage: of latents in a cache: as they are, in 8 bits, or in 4; as they are where it is left out.
         key_storage: of the key that all heads share: as it is, or in 8 bits.
         debias: with int4: take from scores what rounding adds to attention on average.
         num_tokens: of every layer, that errors are measured with (those of a quarter of the prompts) and
@@ -76,6 +81,8 @@ class Arguments(Config):
     query_rank: int | None = Field(None, ge=1)
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None
+    rope_keys: int = Field(1, ge=1)
+    path: Literal["auto", "expand", "absorbed", "kept"] | None = None
     storage: Literal["full", "fp8", "int4"] | None = None
     key_storage: Literal["full", "fp8"] | None = None
     debias: bool = False
@@ -165,8 +172,8 @@ def _check_writable(path: Path) -> None:
 
 
 def _stored(arguments: Arguments, latent: LatentConfig | None) -> Arguments:
-    """The arguments with what is not said of storage as it is in a latent model, or as it is by default."""
-    before = {"storage": "full", "key_storage": "full"}
+    """The arguments with what is not said of path and storage as in a latent model, or as by default."""
+    before = {"path": "auto", "storage": "full", "key_storage": "full"}
     if latent is not None:
         before = {name: getattr(latent, name) for name in before}
     left_out: dict[str, object] = {
@@ -179,12 +186,12 @@ def _stored(arguments: Arguments, latent: LatentConfig | None) -> Arguments:
 
 def _check_storage_alone(arguments: Arguments) -> None:
     """Refuse what a model that is latent already leaves no use for."""
-    kept = {"source", "to", "out", "storage", "key_storage", "debias", "num_heads"}
+    kept = {"source", "to", "out", "path", "storage", "key_storage", "debias", "num_heads"}
     for name, field in type(arguments).model_fields.items():
         if name not in kept and getattr(arguments, name) != field.default:
             raise UsageError(
-                f"{arguments.source} is latent already, which leaves --storage, --key-storage and --debias "
-                f"to change, not --{name.replace('_', '-')}",
+                f"{arguments.source} is latent already, which leaves --path, --storage, --key-storage and "
+                f"--debias to change, not --{name.replace('_', '-')}",
                 "give a dense model",
             )
 

@@ -21,6 +21,8 @@ class Arguments(Config):
         source: name of a dense model that `longtake models` lists, or path of one of our files.
         ranks: one for all layers.
         max_losses: shares of keys and values that no layer may lose: ranks are chosen for each.
+        rope_keys: beside one key that heads share of each band so many, with ranks chosen for every layer at
+            the same bytes.
         stored_rank: whose latents are stored in 8 and in 4 bits as well; None for none.
         method: as `longtake convert` has it.
         num_streams: of the dense model, that the flow is judged on.
@@ -33,6 +35,7 @@ class Arguments(Config):
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     ranks: tuple[int, ...] = (8, 16, 24, 32, 48, 64, 96)
     max_losses: tuple[float, ...] = (0.2, 0.1, 0.05)
+    rope_keys: tuple[int, ...] = ()
     stored_rank: int | None = Field(32, ge=1)
     method: Literal["svd", "covariance", "random"] = "covariance"
     num_streams: int = Field(8, ge=1)
@@ -53,6 +56,7 @@ def run(arguments: Arguments) -> int:
     config = SweepConfig(
         ranks=arguments.ranks,
         max_losses=arguments.max_losses,
+        rope_keys=arguments.rope_keys,
         stored_rank=arguments.stored_rank,
         num_streams=arguments.num_streams,
         num_chunks=arguments.num_chunks,

@@ -205,11 +205,13 @@ def _write_bare(out: Path, dit: DiTConfig, state: Mapping[str, Tensor], origin: 
 
 def _kept_otherwise(latent: LatentConfig, config: ConvertConfig, source: str) -> LatentConfig:
     """What is told of latents that are to be kept as a configuration says."""
-    changed = latent.replace(storage=config.storage, key_storage=config.key_storage, debias=config.debias)
+    changed = latent.replace(
+        path=config.path, storage=config.storage, key_storage=config.key_storage, debias=config.debias
+    )
     if changed == latent:
         raise CheckpointError(
-            f"{source}: the model's attention is latent already, and kept so",
-            "give a dense model, or another storage",
+            f"{source}: the model's attention is latent already, and kept and computed so",
+            "give a dense model, or another storage or path",
         )
     return changed
 

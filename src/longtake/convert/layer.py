@@ -152,6 +152,7 @@ class _Parts:
         self._dense = dense
         heads, dim = dense.num_heads, dense.head_dim
         still, turning = config.channels(dim)
+        self._keys_of_pairs = list(config.keys_of_pairs(dim))
         # Fewer channels without positions than an original head has left: the last are dropped.
         self.still, self.turning = still[: config.nope_dim], turning
         self.missing = config.nope_dim - len(self.still)
@@ -221,9 +222,10 @@ class _Parts:
 
     def _share_keys(self, keys: list[Linear], tokens: Tokens) -> Tensor:
         """Sets the key that stands for those of all heads; returns what each head's pairs are of it, complex
-        ``[h, p]``: ``key of head h = turn * shared key``, as nearly as one key can.
+        ``[h, p]``: ``key of head h = turn * shared key``, as nearly as one key can, or the sum of this over
+        the shared keys of a pair, as nearly as so many can.
         """
-        pairs = torch.tensor(self.turning).view(-1, 2)
+        pairs = torch.tensor(list(dict.fromkeys(self.turning))).view(-1, 2)
         maps_hpw = torch.stack([_pair_maps(head.weight, pairs) for head in keys])
         bias_hp = torch.stack([_pair_maps(head.bias[:, None], pairs)[:, 0] for head in keys])
         asked_hp = torch.stack([moment.diagonal()[pairs].sum(-1) for moment in self._query_moment_hdd]).sqrt()
@@ -233,16 +235,19 @@ class _Parts:
             real, imaginary = pairs[pair].tolist()
             moment_hh = self._pair_moment(maps_hpw[:, pair], bias_hp[:, pair], (real, imaginary), tokens)
             _, vectors = torch.linalg.eigh(weight_h[:, None] * moment_hh * weight_h[None])
-            together = vectors[:, -1].sum()
-            vector_h = vectors[:, -1] / (together.sgn() if together.abs() > 1e-9 else 1)  # turned little
-            stretch = (vector_h / weight_h).abs().square().mean().sqrt()
-            turn_h = vector_h / weight_h / stretch
-            # Nothing at all could not be turned back, for keys that are read as they are (a memory's).
-            little = turn_h.abs() < LEAST_TURN
-            turns.append(torch.where(little, LEAST_TURN * (turn_h + 1e-30).sgn(), turn_h))
-            combine_h = vector_h.conj() * weight_h * stretch
-            shared_pw.append(combine_h @ maps_hpw[:, pair])
-            shared_p.append(combine_h @ bias_hp[:, pair])
+            for rank, vector_h in enumerate(vectors.flip(1).unbind(1)[: self._keys_of_pairs[pair]]):
+                together = vector_h.sum()
+                vector_h = vector_h / (together.sgn() if together.abs() > 1e-9 else 1)  # turned little
+                stretch = (vector_h / weight_h).abs().square().mean().sqrt()
+                turn_h = vector_h / weight_h / stretch
+                if rank == 0:
+                    # Nothing at all could not be turned back, for keys read as they are (a memory's).
+                    little = turn_h.abs() < LEAST_TURN
+                    turn_h = torch.where(little, LEAST_TURN * (turn_h + 1e-30).sgn(), turn_h)
+                turns.append(turn_h)
+                combine_h = vector_h.conj() * weight_h * stretch
+                shared_pw.append(combine_h @ maps_hpw[:, pair])
+                shared_p.append(combine_h @ bias_hp[:, pair])
         self.shared_key = Linear(
             torch.view_as_real(torch.stack(shared_pw)).movedim(-1, 1).flatten(0, 1),
             torch.view_as_real(torch.stack(shared_p)).flatten(),
@@ -299,11 +304,13 @@ class _Parts:
 
     def rope_error(self, x_nw: Tensor) -> float:
         """Share of the variance of heads' turning keys that the shared one, turned, does not hold."""
-        pairs = torch.unflatten(self._dense.keys(x_nw)[..., list(self.turning)], -1, (-1, 2))
+        chosen = list(dict.fromkeys(self.turning))
+        pairs = torch.unflatten(self._dense.keys(x_nw)[..., chosen], -1, (-1, 2))
         key_nhp = torch.view_as_complex(pairs.contiguous())
         shared = torch.unflatten(self.shared_key(x_nw), -1, (-1, 2))
         shared_n1p = torch.view_as_complex(shared.contiguous()).unsqueeze(1)
-        missed = (key_nhp - shared_n1p * self.turns_hp).abs().square().sum()
+        of_pairs = torch.split(shared_n1p * self.turns_hp, self._keys_of_pairs, dim=-1)
+        missed = (key_nhp - torch.stack([own.sum(-1) for own in of_pairs], dim=-1)).abs().square().sum()
         return float(missed / (key_nhp - key_nhp.mean(0)).abs().square().sum().clamp_min(1e-30))
 
 

@@ -46,6 +46,12 @@ class Plan:
                 f"query_rank={self.latent.query_rank} exceeds a width of {self.dense.width}",
                 "use less, or null for queries straight from tokens",
             )
+        most, heads = max(self.latent.keys_of_pairs(self.dense.head_dim)), self.dense.num_heads
+        if most > heads:
+            raise ConfigError(
+                f"rope_bands={self.latent.rope_bands} name a band {most} times for {heads} heads",
+                "name it as often as there are heads at the most, when each has its own",
+            )
         _ = self.config  # refused where they do not fit
 
     @property

@@ -23,7 +23,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit_config import DiTConfig
-from longtake.models.latent_config import LatentConfig
+from longtake.models.latent_config import AttentionPath, Bands, LatentConfig
 
 
 class ConvertConfig(Config):
@@ -41,7 +41,8 @@ class ConvertConfig(Config):
         query_rank: of the queries' latent; None makes queries from tokens directly.
         nope_dim: channels without positions; None keeps as many channels a head as there were.
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
-        storage, key_storage, debias: see `LatentConfig`.
+        rope_keys: that heads share of each of these bands; 1 in VideoMLA.
+        path, storage, key_storage, debias: see `LatentConfig`.
         num_tokens: of every layer; three quarters of the streams' are fitted to, the others' are what errors
             are measured with. 0 for none.
         num_chunks: of every stream that is generated for them.
@@ -57,7 +58,9 @@ class ConvertConfig(Config):
     one_rank: bool = False
     query_rank: int | None = Field(default=None, ge=1)
     nope_dim: int | None = Field(default=None, ge=1)
-    rope_bands: tuple[int | tuple[int, ...], int | tuple[int, ...], int | tuple[int, ...]] | None = None
+    rope_bands: tuple[Bands, Bands, Bands] | None = None
+    rope_keys: int = Field(default=1, ge=1)
+    path: AttentionPath = "auto"
     storage: Storage = "full"
     key_storage: KeyStorage = "full"
     debias: bool = False
@@ -140,14 +143,18 @@ class ConvertConfig(Config):
 
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
-        bands = (
+        bands: tuple[Bands, Bands, Bands] = (
             LatentConfig.proportional_bands(dense.head_dim) if self.rope_bands is None else self.rope_bands
         )
+        if self.rope_keys > 1:
+            time, row, column = (_several(axis, self.rope_keys) for axis in bands)
+            bands = (time, row, column)
         made = LatentConfig(
             kv_rank=max(1, dense.width // 8) if self.kv_rank is None else self.kv_rank,
             query_rank=self.query_rank,
             nope_dim=1 if self.nope_dim is None else self.nope_dim,
             rope_bands=bands,
+            path=self.path,
             storage=self.storage,
             key_storage=self.key_storage,
             debias=self.debias,
@@ -155,12 +162,19 @@ class ConvertConfig(Config):
         made.selected(dense.head_dim)  # refuses bands that a head does not have
         if self.nope_dim is not None:
             return made
-        if made.rope_dim >= dense.head_dim:
+        still = made.still_dim(dense.head_dim)
+        if still == 0:
             raise ConfigError(
                 f"rope_bands={made.rope_bands} take all {dense.head_dim} channels of a head",
                 "use fewer bands, or give nope_dim",
             )
-        return made.replace(nope_dim=dense.head_dim - made.rope_dim)
+        return made.replace(nope_dim=still)
+
+
+def _several(bands: Bands, count: int) -> tuple[int, ...]:
+    """Each band so many times."""
+    named = range(bands) if isinstance(bands, int) else bands
+    return tuple(band for band in named for _ in range(count))
 
 
 @dataclass(frozen=True)

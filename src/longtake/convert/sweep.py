@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Annotated, Final
 
 import torch
 from pydantic import Field, model_validator
@@ -44,6 +44,8 @@ class SweepConfig(Config):
     Attributes:
         ranks: one for all layers, in bf16. At the bytes of each, ranks are chosen for every layer as well.
         max_losses: shares of keys and values that no layer may lose: ranks are chosen for each.
+        rope_keys: beside one key that all heads share of each band so many, in as many bytes, with ranks
+            chosen.
         stored_rank: whose latents are stored in fewer bits too.
         num_streams, num_chunks: of the dense model, for the flow's error.
         conversion: the rest.
@@ -51,6 +53,7 @@ class SweepConfig(Config):
 
     ranks: tuple[int, ...] = Field((8, 16, 24, 32, 48, 64, 96), min_length=1)
     max_losses: tuple[float, ...] = (0.2, 0.1, 0.05)
+    rope_keys: tuple[Annotated[int, Field(ge=2)], ...] = ()
     stored_rank: int | None = Field(32, ge=1)
     num_streams: int = Field(8, ge=1)
     num_chunks: int = Field(6, ge=1)
@@ -65,10 +68,11 @@ class SweepConfig(Config):
     @model_validator(mode="after")
     def _decides_on_ranks(self) -> SweepConfig:
         told = self.conversion
-        if told.kv_rank is not None or told.chooses or told.storage != "full" or told.key_storage != "full":
+        stored = told.storage != "full" or told.key_storage != "full"
+        if told.kv_rank is not None or told.chooses or stored or told.rope_keys != 1:
             raise ConfigError(
-                "the sweep decides on ranks and storage itself",
-                "leave kv_rank, budget_bytes, max_loss and storage out of conversion",
+                "the sweep decides on ranks, shared keys and storage itself",
+                "leave kv_rank, budget_bytes, max_loss, rope_keys and storage out of conversion",
             )
         return self
 
@@ -77,7 +81,8 @@ class SweepPoint(Config):
     """One conversion.
 
     Attributes:
-        kind: "one rank", "automatic" (ranks chosen for the same bytes), "max loss", or a storage.
+        kind: "one rank", "automatic" (ranks chosen for the same bytes), that with several shared keys of each
+            band, "max loss", or a storage.
         asked: the rank, its bytes, or the loss.
         ranks: of the layers.
         bytes: that a token leaves in all layers' caches, in bf16 where nothing else is said.
@@ -132,9 +137,10 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
     networks.eval().requires_grad_(False)
     dense, wanted = networks["dit"], config.conversion
     assert isinstance(dense, DiT)
-    for rank in (*config.ranks, *(() if config.stored_rank is None else (config.stored_rank,))):
-        asked = wanted.replace(kv_rank=rank)
-        Plan(card.dit, asked.latent(card.dit), asked.method)  # refused before anything is generated
+    stored_ranks = () if config.stored_rank is None else (config.stored_rank,)
+    asked = [wanted.replace(kv_rank=rank) for rank in (*config.ranks, *stored_ranks)]
+    for settings in (*asked, *(wanted.replace(rope_keys=keys) for keys in config.rope_keys)):
+        Plan(card.dit, settings.latent(card.dit), settings.method)  # refused before anything is generated
     pipeline = pipeline_of(card.stream, networks)
     samples = layer_weights = None
     if wanted.num_tokens > 0:
@@ -197,7 +203,12 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
 
     for rank in config.ranks:
         point = take("one rank", rank, wanted.replace(kv_rank=rank))
-        take("automatic", point.bytes, wanted.replace(budget_bytes=point.bytes))
+        for keys in (1, *config.rope_keys):
+            kind, settings = _automatic(keys), wanted.replace(budget_bytes=point.bytes, rope_keys=keys)
+            try:
+                take(kind, point.bytes, settings)
+            except ConfigError as error:  # so many keys leave no room for latents
+                progress(f"{kind}, {point.bytes} bytes: left out: {error.problem}")
     for loss in config.max_losses:
         try:
             take("max loss", loss, wanted.replace(max_loss=loss))
@@ -215,13 +226,13 @@ def line(point: SweepPoint) -> str:
     shares = (100 * point.saved, *(100 * v if v is not None else None for v in point.losses))
     told = "".join(f"{value:>11.1f}" if value is not None else f"{'-':>11}" for value in shares)
     ranks = f"{min(point.ranks)} to {max(point.ranks)}" if len(set(point.ranks)) > 1 else str(point.ranks[0])
-    return f"{point.kind:<18}{point.asked:>8g}{ranks:>12}{point.bytes:>8}{told}"
+    return f"{point.kind:<20}{point.asked:>8g}{ranks:>12}{point.bytes:>8}{told}"
 
 
 def heading() -> str:
     """Above such lines; shares are in percent."""
     shares = "".join(f"{name:>11}" for name in ("saved", "predicted", "k and v", "predicted", "flow"))
-    return f"{'kind':<18}{'asked':>8}{'ranks':>12}{'bytes':>8}{shares}"
+    return f"{'kind':<20}{'asked':>8}{'ranks':>12}{'bytes':>8}{shares}"
 
 
 def draw(report: SweepReport, path: Path) -> None:
@@ -232,10 +243,12 @@ def draw(report: SweepReport, path: Path) -> None:
     """
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(7, 4.5), dpi=100)
-    for kind, style in (("one rank", "o-"), ("automatic", "s--")):
+    drawn = ["one rank", *(_automatic(keys) for keys in (1, *report.config.rope_keys))]
+    for index, kind in enumerate(drawn):
+        style = "s--" if index else "o-"
         chosen = [point for point in report.points if point.kind == kind]
         axis.plot([p.bytes for p in chosen], [p.flow_error for p in chosen], style, markersize=4, label=kind)
-    others = [point for point in report.points if point.kind not in ("one rank", "automatic")]
+    others = [point for point in report.points if point.kind not in drawn]
     for point in others:
         axis.plot([point.bytes], [point.flow_error], "k^", markersize=4)
         text = f"{point.kind} {point.asked:g}"
@@ -252,6 +265,10 @@ def draw(report: SweepReport, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)
+
+
+def _automatic(keys: int) -> str:
+    return "automatic" if keys == 1 else f"automatic, {keys} keys"
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -12,7 +12,7 @@ training).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -108,6 +108,7 @@ class HistoryView:
         wants_queries: entries shall have the tokens' un-rotated queries too, as part `QUERIES`.
         packs: entries shall be as buffers keep them; else as numbers, rounded alike, for training, whose
             gradients flow through numbers alone.
+        made: of each layer what it made of the past and wants again in other passes over this view.
     """
 
     segments: tuple[Entries, ...]
@@ -120,6 +121,7 @@ class HistoryView:
     later: Callable[[], HistoryView] | None = None
     wants_queries: bool = False
     packs: bool = True
+    made: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     def check_fresh(self) -> None:
         """Raise HistoryError where a commit has overwritten this view (host integers only, no sync)."""
@@ -157,6 +159,7 @@ class HistoryView:
             phases=phases,
             mask_b1tk=mask,
             later=None if later is None else lambda: later().select(rows),
+            made={},
         )
 
     def rotate(self, x_rthd: Tensor) -> Tensor:

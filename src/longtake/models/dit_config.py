@@ -100,11 +100,12 @@ class DiTConfig(Config):
             self.latent.ranks(self.num_layers)
             self.latent.selected(self.head_dim)
             if self.memory is not None and not self.latent.splits(self.head_dim):
+                still = self.latent.still_dim(self.head_dim)
                 raise ConfigError(
                     f"a memory reads and is read as heads of {self.head_dim} channels, but nope_dim="
                     f"{self.latent.nope_dim} and rope_bands={self.latent.rope_bands} make heads of "
-                    f"{self.latent.nope_dim + self.latent.rope_dim}",
-                    f"use nope_dim={self.head_dim - self.latent.rope_dim}",
+                    f"{self.latent.nope_dim + self.head_dim - still}",
+                    f"use nope_dim={still}",
                 )
         return self
 

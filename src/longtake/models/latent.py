@@ -64,6 +64,7 @@ class LatentAttention(nn.Module):
         self.v_up = nn.Linear(kv_rank, width)
         self.o = nn.Linear(width, width)
         self._channels = config.channels(self.head_dim)  # of an original head, in the order of `_expand`
+        self._keys_of_pairs = list(config.keys_of_pairs(self.head_dim))
         ones_hp2 = torch.tensor([1.0, 0.0]).expand(num_heads, config.rope_dim // 2, 2)
         self.register_buffer("turns", ones_hp2.clone())
         self.turns: Tensor
@@ -79,18 +80,25 @@ class LatentAttention(nn.Module):
         asked = [q_nope_rthn, view.rotate(q_rope_rthp)]
         if self.config.debias:
             asked.append(self._error_queries(q_nope_rthn))
-        read = self._expanded if self.path(x_rtw.shape[:2], view, layer) == "expand" else self._absorbed
-        out_rtw = self.o(read(torch.cat(asked, dim=-1), own, self._past(view, layer), view, layer))
+        q_rthd = torch.cat(asked, dim=-1)
+        if self.config.path == "kept" and not torch.is_grad_enabled():
+            read = self._expanded_once(q_rthd, own, view, layer)
+        elif self.path(x_rtw.shape[:2], view, layer) == "expand":
+            read = self._expanded(q_rthd, own, self._past(view, layer), view, layer)
+        else:
+            read = self._absorbed(q_rthd, own, self._past(view, layer), view, layer)
+        out_rtw = self.o(read)
         if view.wants_queries:
-            q_rope_rthp = _turned(q_rope_rthp, _inverse(self.turns, conjugate=True))
+            q_rope_rthp = self._mixed(_turned(q_rope_rthp, self._inverse(conjugate=True)))
             queries = self._in_head_order(torch.cat([q_nope_rthn, q_rope_rthp], dim=-1))
+            queries = queries * (self._scale * queries.shape[-1] ** 0.5)  # who gets them scales by channels
             return out_rtw, entries | {QUERIES: queries}
         return out_rtw, entries
 
     def path(self, shape_rt: tuple[int, ...], view: HistoryView, layer: int) -> LatentPath:
         """How attention over a view is computed for so many rows and tokens."""
         if self.config.path != "auto":
-            return self.config.path
+            return "absorbed" if self.config.path == "absorbed" else "expand"
         rows, tokens = shape_rt
         past = view.past(layer)
         latent = sum(parts[CONTENT].shape[1] for parts in past if CONTENT in parts)
@@ -103,7 +111,8 @@ class LatentAttention(nn.Module):
         """
         keys, values = self._expand(_Latents(self._content(parts), parts[ROPE_KEY]))
         still, turning = torch.split(keys, [self.config.nope_dim, self.config.rope_dim], dim=-1)
-        return self._in_head_order(torch.cat([still, _turned(turning, self.turns)], dim=-1)), values
+        turned = self._mixed(_turned(turning, self.turns))
+        return self._in_head_order(torch.cat([still, turned], dim=-1)), values
 
     def _expand(self, latents: _Latents) -> tuple[Tensor, Tensor]:
         """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
@@ -178,6 +187,24 @@ class LatentAttention(nn.Module):
         if others:
             k_rkhd = view.joined([keys for keys, _ in others], k_rkhd)
             v_rkhd = view.joined([values for _, values in others], v_rkhd)
+        return self._attended(q_rthd, k_rkhd, v_rkhd, view, layer)
+
+    def _expanded_once(self, q_rthd: Tensor, own: _Latents, view: HistoryView, layer: int) -> Tensor:
+        """As `_expanded`; what the past says is made by the first of the passes over a view."""
+        k_rkhd, v_rkhd = self._expand(own)
+        if layer not in view.made:
+            past = self._past(view, layer)
+            if segments := [*past.dense, *(self._expand(latents) for latents in past.latents)]:
+                keys, values = (torch.cat(parts, dim=1) for parts in zip(*segments, strict=True))
+                view.made[layer] = keys, values
+        if layer in view.made:
+            keys, values = view.made[layer]
+            k_rkhd, v_rkhd = view.joined([keys], k_rkhd), view.joined([values], v_rkhd)
+        return self._attended(q_rthd, k_rkhd, v_rkhd, view, layer)
+
+    def _attended(
+        self, q_rthd: Tensor, k_rkhd: Tensor, v_rkhd: Tensor, view: HistoryView, layer: int
+    ) -> Tensor:
         if self.config.debias:  # attention scales by the channels that it gets
             q_rthd = q_rthd * (self._scale * q_rthd.shape[-1] ** 0.5)
         return attention(q_rthd, k_rkhd, v_rkhd, view.mask(layer))
@@ -219,16 +246,36 @@ class LatentAttention(nn.Module):
     def _of_head(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Dense keys, turned by their positions already, as queries here ask for them, and values."""
         still, turning = (_gathered(parts["k"], channels) for channels in self._channels)
-        keys = torch.cat([still, _turned(turning, _inverse(self.turns))], dim=-1)
+        keys = torch.cat([still, _turned(turning, self._inverse())], dim=-1)
         if self.config.debias:
             keys = nn.functional.pad(keys, (0, num_groups(self.sizes.kv_rank)))
         return keys, parts["v"]
+
+    def _mixed(self, x_bthp: Tensor) -> Tensor:
+        """Of what stands for a head's pairs of channels the sums over the shared keys of each pair."""
+        if max(self._keys_of_pairs) == 1:
+            return x_bthp
+        pairs = torch.split(torch.unflatten(x_bthp, -1, (-1, 2)), self._keys_of_pairs, dim=-2)
+        return torch.cat([pair.sum(-2) for pair in pairs], dim=-1)
+
+    def _inverse(self, *, conjugate: bool = False) -> Tensor:
+        """What undoes the turns, bounded where they are nearly nothing: the mixture of the shared keys of a
+        pair of channels, each times its turn, is the pair again where each is the pair times its own of
+        these. `conjugate`: likewise of queries, which each shared key meets turned the other way.
+        """
+        squared_hp = self.turns.square().sum(-1)
+        if max(self._keys_of_pairs) > 1:
+            by_pair = torch.split(squared_hp, self._keys_of_pairs, dim=-1)
+            squared_hp = torch.cat([own.sum(-1, keepdim=True).expand_as(own) for own in by_pair], dim=-1)
+        real, imaginary = self.turns.unbind(-1)
+        turned_back = torch.stack([real, imaginary if conjugate else -imaginary], dim=-1)
+        return turned_back / squared_hp.unsqueeze(-1).clamp_min(LEAST_TURN**2)
 
     def _in_head_order(self, keys_bthd: Tensor) -> Tensor:
         """From the order of `_expand` to that of an original head, where that has as many channels."""
         if not self.config.splits(self.head_dim):
             return keys_bthd
-        order = [channel for group in self._channels for channel in group]
+        order = [channel for group in self._channels for channel in dict.fromkeys(group)]
         return _gathered(keys_bthd, sorted(range(len(order)), key=order.__getitem__))
 
 
@@ -271,13 +318,6 @@ def _turned(x_bthp: Tensor, turns_hp2: Tensor) -> Tensor:
     real, imaginary = x_bthp2.unbind(-1)
     a, b = turns_hp2.unbind(-1)
     return torch.stack([real * a - imaginary * b, real * b + imaginary * a], dim=-1).flatten(-2)
-
-
-def _inverse(turns_hp2: Tensor, *, conjugate: bool = False) -> Tensor:
-    """One over each (or over its conjugate), bounded where it is nearly nothing."""
-    real, imaginary = turns_hp2.unbind(-1)
-    inverse = torch.stack([real, imaginary if conjugate else -imaginary], dim=-1)
-    return inverse / turns_hp2.square().sum(-1, keepdim=True).clamp_min(LEAST_TURN**2)
 
 
 def _for_all_rows(base_b: Tensor, copies: int) -> Tensor:

@@ -12,7 +12,10 @@ from longtake.errors import ConfigError
 from longtake.ops.rope import RopeSpec, wan_rope
 
 Bands = int | tuple[int, ...]
-"""Of an axis of positions: so many of its highest frequencies, or which of them (0 is the highest)."""
+"""Of an axis of positions: so many of its highest frequencies, or which of them (0 is the highest); one that
+is named several times has as many shared keys."""
+
+AttentionPath = Literal["auto", "expand", "absorbed", "kept"]
 
 
 class LatentConfig(Config):
@@ -23,9 +26,13 @@ class LatentConfig(Config):
         query_rank: size of the queries' own latent (d_q); None makes queries from tokens directly.
         nope_dim: channels of a head's queries and keys that do not turn with position (d_nope).
         rope_bands: of a head's original frequencies in time, rows and columns those that the shared key
-            turns with; its size (d_rope) is twice their number.
+            turns with; its size (d_rope) is twice their number. VideoMLA's heads share one key of each band.
+            That is little where heads attend differently: named several times, a band has several, of which
+            each head asks for a mixture of its own.
         path: how attention is computed. "expand" makes one layer's keys and values, "absorbed" none; "auto"
-            takes what costs fewer FLOPs.
+            takes what costs fewer FLOPs. "kept" expands what a chunk reads of the past once for all its
+            passes: the least time where all layers' keys and values may stay until the chunk is done (not
+            where gradients are recorded, nor between chunks).
         storage: of latents in a cache: as they are, as 8-bit floats, or in 4 bits with a scale for each 32
             (`cache.quantized`). A chunk's own latents, while it is made, are as they are.
         key_storage: of shared keys in a cache: as they are, or as 8-bit floats.
@@ -37,7 +44,7 @@ class LatentConfig(Config):
     query_rank: int | None = Field(default=768, ge=1)
     nope_dim: int = Field(default=96, ge=1)
     rope_bands: tuple[Bands, Bands, Bands] = (6, 5, 5)
-    path: Literal["auto", "expand", "absorbed"] = "auto"
+    path: AttentionPath = "auto"
     storage: Storage = "full"
     key_storage: KeyStorage = "full"
     debias: bool = False
@@ -48,10 +55,10 @@ class LatentConfig(Config):
         if not ranks or min(ranks) < 1:
             raise ConfigError(f"kv_rank={self.kv_rank} holds a rank below 1", "use 1 or more")
         for bands in self.rope_bands:
-            if (bands < 0) if isinstance(bands, int) else (list(bands) != sorted(set(bands))):
+            if (bands < 0) if isinstance(bands, int) else (list(bands) != sorted(bands)):
                 raise ConfigError(
                     f"rope_bands={self.rope_bands} are no numbers of bands, nor ascending bands",
-                    "use for instance [6, 5, 5] or [[0, 2, 3], [0, 1], [0, 1]]",
+                    "use for instance [6, 5, 5], [[0, 2, 3], [0, 1], [0, 1]] or [[0, 0, 1], [0, 0], [0]]",
                 )
         if self.debias and self.storage != "int4":
             raise ConfigError(
@@ -69,7 +76,7 @@ class LatentConfig(Config):
         """
         bands = cls.proportional_bands(head_dim)
         made = cls(kv_rank=width // 8, query_rank=None, nope_dim=1, rope_bands=bands)
-        return made.replace(nope_dim=head_dim - made.rope_dim)
+        return made.replace(nope_dim=made.still_dim(head_dim))
 
     @staticmethod
     def proportional_bands(head_dim: int) -> tuple[int, int, int]:
@@ -133,13 +140,25 @@ class LatentConfig(Config):
         return RopeSpec((time, row, column))
 
     def channels(self, head_dim: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Channels of an original head that do not turn with position here, and those that do."""
+        """Channels of an original head that do not turn with position here, and for each of the shared keys'
+        channels the one that it stands for.
+        """
         first, turning = 0, []
         for axis, bands in zip(wan_rope(head_dim).frequencies, self.selected(head_dim), strict=True):
             turning += [2 * (first + band) + side for band in bands for side in (0, 1)]
             first += len(axis)
         return tuple(sorted(set(range(head_dim)) - set(turning))), tuple(turning)
 
+    def keys_of_pairs(self, head_dim: int) -> tuple[int, ...]:
+        """Of every pair of channels of an original head that turns here how many shared keys stand for it."""
+        _, turning = self.channels(head_dim)
+        first = turning[::2]
+        return tuple(first.count(channel) for channel in dict.fromkeys(first))
+
+    def still_dim(self, head_dim: int) -> int:
+        """Channels of an original head that do not turn with position here."""
+        return head_dim - 2 * len(self.keys_of_pairs(head_dim))
+
     def splits(self, head_dim: int) -> bool:
-        """Whether a latent head's keys have as many channels as an original head, each in its role."""
-        return self.nope_dim + self.rope_dim == head_dim
+        """Whether a latent head's keys stand for all channels of an original head, each in its role."""
+        return self.nope_dim == self.still_dim(head_dim)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 
 def attention(q_bqhd: Tensor, k_bkhd: Tensor, v_bkhd: Tensor, mask_b1qk: Tensor | None = None) -> Tensor:
@@ -26,8 +26,22 @@ def attention(q_bqhd: Tensor, k_bkhd: Tensor, v_bkhd: Tensor, mask_b1qk: Tensor 
     if _trains_in_bf16_on_cpu(q_bqhd):
         out_bhqd = product_attention(q_bhqd, k_bhkd, v_bhkd, mask_b1qk)
     else:
-        out_bhqd = scaled_dot_product_attention(q_bhqd, k_bhkd, v_bhkd, attn_mask=mask_b1qk)
+        out_bhqd = _fused(q_bhqd, k_bhkd, v_bhkd, mask_b1qk)
     return out_bhqd.transpose(1, 2).flatten(2)
+
+
+def _fused(q_bhqd: Tensor, k_bhkd: Tensor, v_bhkd: Tensor, mask_b1qk: Tensor | None) -> Tensor:
+    """Fused kernels take keys and values of one width alone. Else scores are written out: with 48 queries, 8
+    heads, and 210 keys of 40 channels values of 32 take 0.56 ms, of 40 0.31 (one thread).
+    """
+    of_keys, of_values = q_bhqd.shape[-1], v_bhkd.shape[-1]
+    if of_values < of_keys:
+        v_bhkd = pad(v_bhkd, (0, of_keys - of_values))
+    elif of_values > of_keys:
+        q_bhqd, k_bhkd = (pad(x, (0, of_values - of_keys)) for x in (q_bhqd, k_bhkd))
+    scale = of_keys**-0.5
+    out = scaled_dot_product_attention(q_bhqd, k_bhkd, v_bhkd, attn_mask=mask_b1qk, scale=scale)
+    return out[..., :of_values]
 
 
 def product_attention(

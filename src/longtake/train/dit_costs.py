@@ -230,7 +230,7 @@ class DiTCosts:
             linear += 2 * tokens * (queries + width * (layer.kv_rank + layer.rope_dim + width))
             cost = layer.cost(rows, self.chunk_tokens, past, rows // base_rows, round(memory))
             path = cost.cheapest if config.latent.path == "auto" else config.latent.path
-            attention += cost.expand if path == "expand" else cost.absorbed
+            attention += cost.absorbed if path == "absorbed" else cost.expand
         return linear / len(sizes), attention / len(sizes)
 
     def _edge_flops(self, rows: int) -> tuple[float, float]:
