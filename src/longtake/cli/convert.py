@@ -47,7 +47,7 @@ class Arguments(Config):
         nope_dim: channels of a head without positions; all that do not turn if left out.
         rope_bands: bands that turn with time, row and column, as numbers of the highest ones.
         rope_keys: keys that heads share of each of these bands, each head a mixture of its own; 1 in
-            VideoMLA.
+            VideoMLA. "auto" chooses them with the ranks for a budget.
         path: how attention is computed: with one layer's keys and values made of latents (expand), none
             (absorbed), those of the past made once for all passes of a chunk (kept: the least time, and all
             layers' until the chunk is done), or by the first two's FLOPs (auto, where it is left out). Of a
@@ -81,7 +81,7 @@ class Arguments(Config):
     query_rank: int | None = Field(None, ge=1)
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None
-    rope_keys: int = Field(1, ge=1)
+    rope_keys: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     path: Literal["auto", "expand", "absorbed", "kept"] | None = None
     storage: Literal["full", "fp8", "int4"] | None = None
     key_storage: Literal["full", "fp8"] | None = None

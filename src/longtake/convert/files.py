@@ -16,10 +16,11 @@ from longtake.convert.bare import BareWeights
 from longtake.convert.calibrate import held_out_texts, sample_tokens
 from longtake.convert.factor import Samples
 from longtake.convert.flow_probe import FAR, FlowProbe
-from longtake.convert.layer_weights import LayerWeights, weigh_layers
+from longtake.convert.layer_weights import LayerWeights, Weighing
 from longtake.convert.network import Plan, convert_layers, is_replaced
 from longtake.convert.report import ConversionReport, LayerReport
 from longtake.convert.settings import Calibration, ConvertConfig
+from longtake.convert.shared_keys import weighed
 from longtake.diffusion.flow import Steps
 from longtake.errors import CheckpointError, ConfigError, PromptError
 from longtake.history.base import HistoryConfig
@@ -73,16 +74,14 @@ class Generation:
             config.seed,
         )
 
-    def weights(
-        self, plan: Plan, samples: list[Samples], config: ConvertConfig, progress: Progress
-    ) -> LayerWeights:
-        """Of every layer what its loss costs the flow, over streams that nothing was fitted to."""
+    def weighing(self, samples: list[Samples], config: ConvertConfig, progress: Progress) -> Weighing:
+        """How it is measured what layers' losses cost the flow, over streams that nothing was fitted to."""
         texts = held_out_texts(self.texts, _NUM_PROBED)
         seed = config.seed + FAR // 2  # others than a sweep judges by
         probe = FlowProbe(
             self.dit, texts, self.history, self.steps, self.latent_shape, config.num_chunks, seed
         )
-        return weigh_layers(plan, self.dit, self.dit.state_dict(), samples, probe, progress)
+        return Weighing(self.dit, samples, probe, progress)
 
 
 def convert_bundle(
@@ -113,7 +112,8 @@ def convert_bundle(
         generation = generation_of(pipeline_of(card.stream, networks), prompts)
         samples = generation.samples(config)
         if config.weighs:
-            layer_weights = generation.weights(plan, samples, config, progress)
+            weighing = generation.weighing(samples, config, progress)
+            plan, layer_weights = weighed(config, card.dit, weighing, progress)
     state = dit.state_dict()
     plan, weights, report = converted(plan, state, samples, config, str(path), progress, layer_weights)
     made = DiT(plan.config)
@@ -168,7 +168,9 @@ def convert_weights(
         generation = _generation_of_bare(bare, calibration)
         samples = generation.samples(config)
         if config.weighs:
-            layer_weights = generation.weights(plan, samples, config, progress)
+            weighing = generation.weighing(samples, config, progress)
+            plan, layer_weights = weighed(config, bare.config, weighing, progress)
+            del weighing
         del generation
     plan, weights, report = converted(plan, bare.state, samples, config, bare.source, progress, layer_weights)
     kept = {name: tensor for name, tensor in bare.state.items() if not is_replaced(name)}

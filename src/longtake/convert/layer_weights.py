@@ -8,7 +8,7 @@ low one; how much further the flow is off then, for what that layer lost, is its
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,55 +44,76 @@ class LayerWeights:
         return max(0.0, self.error + sum(weight * (loss - before) for weight, loss, before in more))
 
 
-def weigh_layers(
-    plan: Plan,
-    dense: DiT,
-    state: Mapping[str, Tensor],
-    samples: list[Samples] | None,
-    probe: FlowProbe,
-    progress: Callable[[str], None],
-) -> LayerWeights:
-    """Measure every layer's weight.
+@dataclass(frozen=True)
+class Weighing:
+    """How layers are weighed.
 
     Args:
-        plan: what is made; its ranks do not matter.
-        dense: the network; ``state``: its weights.
+        dense: the network.
         samples: see `network.convert_layers`.
         probe: of the dense network.
         progress: told in words what goes on.
     """
-    layers, width = plan.dense.num_layers, plan.dense.width
-    ample, low = max(2, 3 * width // 8), max(1, width // 16)
-    gains = tuple(layer_gains(plan, state, samples))
-    of_ample, of_low = (_by_layer(plan, rank, state, samples) for rank in (ample, low))
-    kept = {name: tensor for name, tensor in state.items() if not is_replaced(name)}
-    kind = dense.patch_embedding.weight.dtype
 
-    def error(lowered: int | None) -> float:
-        ranks = [low if layer == lowered else ample for layer in range(layers)]
+    dense: DiT
+    samples: list[Samples] | None
+    probe: FlowProbe
+    progress: Callable[[str], None]
+
+    def layers(self, plan: Plan) -> LayerWeights:
+        """Of what a plan makes; its ranks do not matter."""
+        layers, state = plan.dense.num_layers, self.dense.state_dict()
+        ample, low = self._ample(plan), max(1, plan.dense.width // 16)
+        gains = tuple(layer_gains(plan, state, self.samples))
+        of_ample, of_low = (self._by_layer(plan, rank, state) for rank in (ample, low))
+
+        def error(lowered: int | None) -> float:
+            ranks = [low if layer == lowered else ample for layer in range(layers)]
+            chosen = [(of_low if layer == lowered else of_ample)[layer] for layer in range(layers)]
+            return self._error(plan, ranks, chosen, state)
+
+        base = error(None)
+        before = tuple(lost(of_layer, ample) for of_layer in gains)
+        weights = []
+        for layer in range(layers):
+            growth = lost(gains[layer], low) - before[layer]
+            weights.append(max(0.0, error(layer) - base) / growth if growth > 0 else 0.0)
+            told = f"the flow's error grows {weights[-1]:.3f} times its loss"
+            self.progress(f"layer {layer + 1} of {layers}: {told}")
+        least = _LEAST * max(weights)
+        return LayerWeights(base, gains, before, tuple(max(least, weight) for weight in weights))
+
+    def with_keys(self, weights: LayerWeights, plan: Plan) -> LayerWeights:
+        """The same layers with the plan's other shared keys: keys and values that turn with no position, and
+        what their loss costs, stay; what heads lose by sharing is measured anew.
+        """
+        ample, state = self._ample(plan), self.dense.state_dict()
+        made = self._by_layer(plan, ample, state)
+        return replace(weights, error=self._error(plan, [ample] * len(made), made, state))
+
+    @staticmethod
+    def _ample(plan: Plan) -> int:
+        return max(2, 3 * plan.dense.width // 8)
+
+    def _error(
+        self,
+        plan: Plan,
+        ranks: list[int],
+        layers: list[dict[str, Tensor]],
+        state: Mapping[str, Tensor],
+    ) -> float:
+        """Of the flow with layers of these ranks and weights."""
         with torch.device("meta"):
             dit = DiT(plan.dense.replace(latent=plan.latent.replace(kv_rank=tuple(ranks))))
-        chosen = [(of_low if layer == lowered else of_ample)[layer] for layer in range(layers)]
-        weights = {name: tensor.to(kind) for each in chosen for name, tensor in each.items()}
+        kept = {name: tensor for name, tensor in state.items() if not is_replaced(name)}
+        kind = self.dense.patch_embedding.weight.dtype
+        weights = {name: tensor.to(kind) for each in layers for name, tensor in each.items()}
         dit.load_state_dict(kept | weights, assign=True)
-        return probe.error_of(dit.eval().requires_grad_(False))
+        return self.probe.error_of(dit.eval().requires_grad_(False))
 
-    base = error(None)
-    before = tuple(lost(of_layer, ample) for of_layer in gains)
-    weights = []
-    for layer in range(layers):
-        growth = lost(gains[layer], low) - before[layer]
-        weights.append(max(0.0, error(layer) - base) / growth if growth > 0 else 0.0)
-        progress(f"layer {layer + 1} of {layers}: the flow's error grows {weights[-1]:.3f} times its loss")
-    least = _LEAST * max(weights)
-    return LayerWeights(base, gains, before, tuple(max(least, weight) for weight in weights))
-
-
-def _by_layer(
-    plan: Plan, rank: int, state: Mapping[str, Tensor], samples: list[Samples] | None
-) -> list[dict[str, Tensor]]:
-    one = Plan(plan.dense, plan.latent.replace(kv_rank=rank), plan.method, plan.seed)
-    return [
-        {f"blocks.{layer}.self_attn.{name}": tensor for name, tensor in made.weights.items()}
-        for layer, made in convert_layers(one, state, samples)
-    ]
+    def _by_layer(self, plan: Plan, rank: int, state: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        one = Plan(plan.dense, plan.latent.replace(kv_rank=rank), plan.method, plan.seed)
+        return [
+            {f"blocks.{layer}.self_attn.{name}": tensor for name, tensor in made.weights.items()}
+            for layer, made in convert_layers(one, state, self.samples)
+        ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -41,7 +41,8 @@ class ConvertConfig(Config):
         query_rank: of the queries' latent; None makes queries from tokens directly.
         nope_dim: channels without positions; None keeps as many channels a head as there were.
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
-        rope_keys: that heads share of each of these bands; 1 in VideoMLA.
+        rope_keys: that heads share of each of these bands; 1 in VideoMLA. "auto" chooses them with the ranks
+            for a budget, by what either costs the flow (see `shared_keys`).
         path, storage, key_storage, debias: see `LatentConfig`.
         num_tokens: of every layer; three quarters of the streams' are fitted to, the others' are what errors
             are measured with. 0 for none.
@@ -59,7 +60,7 @@ class ConvertConfig(Config):
     query_rank: int | None = Field(default=None, ge=1)
     nope_dim: int | None = Field(default=None, ge=1)
     rope_bands: tuple[Bands, Bands, Bands] | None = None
-    rope_keys: int = Field(default=1, ge=1)
+    rope_keys: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
     path: AttentionPath = "auto"
     storage: Storage = "full"
     key_storage: KeyStorage = "full"
@@ -90,6 +91,15 @@ class ConvertConfig(Config):
             name = "one_rank" if self.one_rank else "rank_multiple"
             raise ConfigError(
                 f"{name} is for ranks that are chosen", "give budget_bytes or max_loss, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _can_choose_keys(self) -> ConvertConfig:
+        if self.rope_keys == "auto" and not self.weighs:
+            raise ConfigError(
+                'rope_keys="auto" is chosen for a budget, by what the flow suffers',
+                'give budget_bytes with weigh="flow" and ranks for each layer, or a number of keys',
             )
         return self
 
@@ -146,7 +156,7 @@ class ConvertConfig(Config):
         bands: tuple[Bands, Bands, Bands] = (
             LatentConfig.proportional_bands(dense.head_dim) if self.rope_bands is None else self.rope_bands
         )
-        if self.rope_keys > 1:
+        if self.rope_keys != "auto" and self.rope_keys > 1:
             time, row, column = (_several(axis, self.rope_keys) for axis in bands)
             bands = (time, row, column)
         made = LatentConfig(

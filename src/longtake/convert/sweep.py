@@ -20,6 +20,7 @@ from longtake.cache.quantized import KeyStorage, Storage
 from longtake.config import Config
 from longtake.convert.files import captions_for, converted, generation_of, pipeline_of
 from longtake.convert.flow_probe import FAR, FlowProbe
+from longtake.convert.layer_weights import LayerWeights
 from longtake.convert.network import Plan, is_replaced
 from longtake.convert.report import ConversionReport
 from longtake.convert.settings import ConvertConfig
@@ -142,15 +143,18 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
     for settings in (*asked, *(wanted.replace(rope_keys=keys) for keys in config.rope_keys)):
         Plan(card.dit, settings.latent(card.dit), settings.method)  # refused before anything is generated
     pipeline = pipeline_of(card.stream, networks)
-    samples = layer_weights = None
+    samples = None
+    layer_weights: dict[int, LayerWeights | None] = dict.fromkeys((1, *config.rope_keys))
     if wanted.num_tokens > 0:
         progress("tokens to be fitted to")
         generation = generation_of(pipeline, captions_for(networks["text"], wanted.seed))
         samples = generation.samples(wanted)
         if wanted.weigh == "flow":
-            latent = wanted.replace(kv_rank=min(config.ranks)).latent(card.dit)
-            plan = Plan(card.dit, latent, wanted.method, wanted.seed)
-            layer_weights = generation.weights(plan, samples, wanted, progress)
+            weighing = generation.weighing(samples, wanted, progress)
+            for keys in layer_weights:
+                latent = wanted.replace(kv_rank=min(config.ranks), rope_keys=keys).latent(card.dit)
+                plan, one = Plan(card.dit, latent, wanted.method, wanted.seed), layer_weights[1]
+                layer_weights[keys] = weighing.layers(plan) if one is None else weighing.with_keys(one, plan)
     progress("streams to be judged by")
     prompts = captions_for(networks["text"], wanted.seed + FAR, config.num_streams)
     probe = FlowProbe(
@@ -176,9 +180,9 @@ def run_sweep(path: Path, config: SweepConfig, progress: Callable[[str], None]) 
         nonlocal dense_bytes
         if settings not in made:
             plan = Plan(card.dit, settings.latent(card.dit), settings.method, settings.seed)
-            made[settings] = converted(
-                plan, state, samples, settings, str(path), lambda _: None, layer_weights
-            )
+            assert isinstance(settings.rope_keys, int), "a sweep says how many"
+            weights_of = layer_weights[settings.rope_keys]
+            made[settings] = converted(plan, state, samples, settings, str(path), lambda _: None, weights_of)
         plan, weights, report = made[settings]
         latent = plan.latent.replace(storage=storages[0], key_storage=storages[1])
         dit = DiT(plan.dense.replace(latent=latent)).eval().requires_grad_(False)
