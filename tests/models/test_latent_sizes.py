@@ -46,21 +46,25 @@ def test_costs_are_those_that_torch_counts(
     past_tokens = past * TOKENS
     counted = sizes.cost(copies, tokens * TOKENS, past_tokens, copies)
     found = {}
-    for path in ("expand", "absorbed"):
+    for path in ("expand", "absorbed", "kept"):
         layer = LatentAttention(width, heads, 1e-6, config.replace(path=path), rank)
         parts = {"c": torch.randn(1, past_tokens, rank), "k_rope": torch.randn(1, past_tokens, 1, 6)}
         phases = frame_phases([range(tokens)], GRID, spec, "cpu")
         segments = (Entries((parts,)),) if past else ()
         view = HistoryView(segments, phases, tokens, GRID, copies=copies)
         x = torch.randn(copies, tokens * TOKENS, width)
-        with torch.no_grad(), counter() as count:
-            layer(x, view, 0)
+        with torch.no_grad():
+            if path == "kept":
+                layer(x, view, 0)
+            with counter() as count:
+                layer(x, view, 0)
         before = 2 * x.shape[0] * x.shape[1] * width * (heads * 13 + rank + 6 + width)  # projections
         found[path] = count.get_total_flops() - before
         auto = LatentAttention(width, heads, 1e-6, config, rank)
         assert auto.path(x.shape[:2], view, 0) == counted.cheapest
     assert found["expand"] == pytest.approx(counted.expand)
     assert found["absorbed"] == pytest.approx(counted.absorbed)
+    assert found["kept"] == pytest.approx(counted.kept)
 
 
 def test_a_chunk_of_thousands_expands_and_a_single_query_does_not() -> None:

@@ -29,10 +29,12 @@ class LatentCost:
     Args:
         expand: with keys and values of all tokens made first.
         absorbed: within the latent space.
+        kept: as expand, in a pass that finds those of the past made.
     """
 
     expand: float
     absorbed: float
+    kept: float
 
     @property
     def cheapest(self) -> LatentPath:
@@ -73,11 +75,12 @@ class LatentSizes:
         expansion = 2 * rank * heads * (self.nope_dim + self.value_dim)
         read_dense = pairs * dense * (key_dim + self.value_dim)
         keys = past + queries
-        expand = expansion * rows * (past / copies + queries)
-        expand += pairs * keys * (key_dim + self.value_dim)
+        attended = pairs * (keys + dense) * 2 * max(key_dim, self.value_dim)  # see `ops.attention`
+        kept = expansion * rows * queries + attended
+        expand = kept + expansion * rows * past / copies
         absorbed = pairs * rank * (self.nope_dim + self.value_dim)
         absorbed += pairs * keys * (2 * rank + self.rope_dim)
-        return LatentCost(expand + read_dense, absorbed + read_dense)
+        return LatentCost(expand, absorbed + read_dense, kept)
 
 
 class DenseKeys(NamedTuple):

@@ -253,19 +253,24 @@ def tiny_latent() -> Recipe:
         base="tiny",
         parent="tiny",
         warm_start="tiny",
-        stages=("latents", "layers", "memory", "export"),
+        stages=("latents", "memory", "export"),
         dit_model=dense.dit_model.replace(
-            # About what `longtake convert tiny --budget-bytes 896 --rank-multiple 8` chooses.
+            # About what `longtake convert tiny --budget-bytes 1152 --rope-keys auto` chooses.
             latent=LatentConfig(
-                kv_rank=(56, 8, 64, 16, 40, 56, 16, 128), query_rank=None, nope_dim=24, rope_bands=(2, 1, 1)
+                kv_rank=(64, 8, 72, 24, 48, 72, 24, 136),
+                query_rank=None,
+                nope_dim=24,
+                rope_bands=((0, 0, 1, 1), (0, 0), (0, 0)),
+                path="kept",
             )
         ),
         layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
         memory=dense.memory.replace(
             # What the parent predicts has no noise of its own, so that small batches do.
             loop=dense.memory.loop.replace(num_steps=1200, num_warmup_steps=10, ema_decay=0.98),
+            num_clips=1,
             num_first_clips=4,
-            num_recall_clips=1,
+            num_recall_clips=2,
             recall_absence=(1.0, 3.0),
             num_long_clips=1,
             learns_from="parent",
