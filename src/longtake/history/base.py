@@ -108,7 +108,8 @@ class HistoryView:
         wants_queries: entries shall have the tokens' un-rotated queries too, as part `QUERIES`.
         packs: entries shall be as buffers keep them; else as numbers, rounded alike, for training, whose
             gradients flow through numbers alone.
-        made: of each layer what it made of the past and wants again in other passes over this view.
+        made: a memo that follows from the rest: of each layer what it made of the past and wants again in
+            other passes over this view.
     """
 
     segments: tuple[Entries, ...]
