@@ -1,8 +1,10 @@
 """Strict configuration: typos are named, values are refused, JSON goes there and back."""
 
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import pytest
+from pydantic import Field
 
 from longtake.config import Config
 from longtake.errors import ConfigError, LongtakeError
@@ -30,6 +32,28 @@ def test_wrong_value_is_quoted() -> None:
         Outer(width="big")  # type: ignore[arg-type]
     with pytest.raises(ConfigError):
         Outer(width=1, rate=float("nan"))
+
+
+class Either(Config):
+    several: int | tuple[int | str, ...] = 1
+    bounded: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"several": {}}, "Either: several={} is refused"),
+        ({"several": (1, None)}, "Either: several=(1, None) is refused"),
+        ({"bounded": 0}, "Either: bounded=0 is refused"),
+        ({"bounded": "automatic"}, "Either: bounded='automatic' is refused"),
+    ],
+)
+def test_of_a_choice_of_types_the_value_is_named_and_not_the_type(
+    values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Either(**values)
+    assert str(caught.value).startswith(message)
 
 
 def test_round_trip_and_digest(tmp_path: Path) -> None:

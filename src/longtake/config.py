@@ -34,7 +34,7 @@ class Config(BaseModel):
             return handler(data)
         except ValidationError as error:
             first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"]) or cls.__name__
+            name = ".".join(_places(first["loc"], data)) or cls.__name__
             if first["type"] == "missing":
                 raise ConfigError(f"{cls.__name__} has no value for {name!r}", "set it") from error
             raise ConfigError(
@@ -83,6 +83,19 @@ class Config(BaseModel):
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON: equal configs, and only those, have equal digests."""
         return hashlib.sha256(self.dumps().encode()).hexdigest()
+
+
+def _places(loc: tuple[int | str, ...], data: Any) -> list[str]:
+    """The names and indices of what was given on the way to an error, without those of a union's types."""
+    found, at = [], data
+    for index, part in enumerate(loc):
+        if isinstance(at, dict) and (part in at or index == 0):  # a field may be missing, or wrong by default
+            found.append(str(part))
+            at = at.get(part)
+        elif isinstance(at, list | tuple) and isinstance(part, int):
+            found.append(str(part))
+            at = at[part] if part < len(at) else None
+    return found
 
 
 def _lists_to_tuples(data: Any) -> Any:
