@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Literal
 
 import pytest
@@ -14,26 +13,24 @@ from longtake.cache.base import Entries
 from longtake.cache.dense import dense_layout
 from longtake.diffusion.sampler import context_pass
 from longtake.errors import ConfigError, HistoryError
-from longtake.history.base import HistoryConfig, HistoryView
+from longtake.history.base import HistoryView
 from longtake.history.evolving import EvolvingConfig, EvolvingPolicy
 from longtake.history.policy import Evicted, Policy, Surroundings
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
 from longtake.history.slots import SlotHistory
-from longtake.models.dit import DiT, TextContext
-from longtake.models.memory import MemoryEncoder, MemoryEncoderConfig
+from longtake.models.dit import TextContext
+from longtake.models.memory import MemoryEncoder
+from memory_rollouts import (
+    CONFIG,
+    encoder,
+    functional,
+    in_place,
+    policy,
+    rollout,
+    text_of,
+)
 from tiny_parts import GRID, small_dit
-
-GRID_OF_MEMORY = (2, (0.0, 1.0), (0.0, 1.0, 2.0))
-CONFIG = HistoryConfig(window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6))
-CHUNKS = 6
-
-
-def encoder(seed: int = 1) -> MemoryEncoder:
-    torch.manual_seed(seed)
-    made = MemoryEncoder(MemoryEncoderConfig(width=24, num_heads=2, num_frames=2, rows=2, columns=3))
-    torch.nn.init.normal_(made.query_init, std=0.5)
-    return made
 
 
 def test_a_cell_takes_in_its_own_part_of_the_picture() -> None:
@@ -69,54 +66,6 @@ def test_cells_that_do_not_divide_a_frame_are_refused() -> None:
     EvolvingConfig(mode="prior").make(surroundings)  # takes nothing in
 
 
-def policy(
-    mode: Literal["update", "prior", "off"] = "update",
-    network: MemoryEncoder | None = None,
-    **changes: object,
-) -> EvolvingPolicy:
-    config = EvolvingConfig(mode=mode).replace(**changes)
-    surroundings = Surroundings(dense_layout(2, 2, 12), GRID, network or encoder())
-    return EvolvingPolicy(surroundings, GRID_OF_MEMORY, config)
-
-
-def text_of(dit: DiT) -> TextContext:
-    return dit.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8).expand(2, -1, -1))
-
-
-def rollout(dit: DiT, view: Callable[[], HistoryView], commit: Callable[[Entries], object]) -> list[Tensor]:
-    """Flows of a few chunks at one noise level, each committed as it came."""
-    flows = []
-    text = text_of(dit)
-    generator = torch.Generator().manual_seed(3)
-    for _ in range(CHUNKS):
-        x = torch.randn(2, 2, 3, *GRID, generator=generator)
-        seen = view()
-        flow, _ = dit(x, x.new_full((2, 2), 600.0), text, seen)
-        commit(context_pass(dit, text, seen, x - flow))
-        flows.append(flow)
-    return flows
-
-
-def in_place(dit: DiT, used: Policy | None) -> list[Tensor]:
-    history = SlotHistory(CONFIG, dit.cache_spec(), GRID, 2, policy=used)
-    slots = [history.join(), history.join()]
-    size = history.num_bytes
-    with torch.no_grad():
-        flows = rollout(dit, lambda: history.view(slots), lambda entries: history.commit(entries, slots))
-    assert history.num_bytes == size
-    return flows
-
-
-def functional(dit: DiT, used: Policy | None) -> list[Tensor]:
-    kept = PureHistory(CONFIG, dit.cache_spec(), GRID, **({} if used is None else {"policy": used}))
-
-    def commit(entries: Entries) -> None:
-        nonlocal kept
-        kept = kept.commit(entries)
-
-    return rollout(dit, lambda: kept.view(), commit)
-
-
 @pytest.mark.parametrize("mode", ["update", "prior"])
 @pytest.mark.parametrize("initially", [True, False])
 @pytest.mark.parametrize("readers", ["all", (1,)])
@@ -134,17 +83,6 @@ def test_both_histories_give_the_same(
         expected = functional(dit, used)
     for ours, wanted in zip(in_place(dit, used), expected, strict=True):
         torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
-
-
-def of_layers(shared: MemoryEncoder, num_readings: int = 2) -> MemoryEncoder:
-    """The same memory with keys and values of each layer's own, which are alike."""
-    made = MemoryEncoder(shared.config.replace(num_readings=num_readings))
-    repeated = {
-        name: torch.cat([tensor] * num_readings) if name.startswith(("to_k", "to_v")) else tensor
-        for name, tensor in shared.state_dict().items()
-    }
-    made.load_state_dict(repeated)
-    return made
 
 
 @pytest.mark.parametrize(("rows", "row_ids"), [(2, (0.0, 1.0)), (1, (0.5,))])
@@ -277,34 +215,6 @@ def test_exchanged_memories_are_those_of_the_other_stream() -> None:
         torch.testing.assert_close(read(slot), flow)
 
 
-@pytest.mark.parametrize("readers", ["all", (1,)])
-def test_every_layer_may_have_a_reading_of_its_own(readers: object) -> None:
-    dit, shared = small_dit(), encoder()
-    own = of_layers(shared, 2 if readers == "all" else 1)
-    with torch.no_grad():
-        expected = functional(dit, policy(network=shared, read_layers=readers))
-        for run in (functional, in_place):
-            alike = run(dit, policy(network=own, read_layers=readers))
-            for ours, wanted in zip(alike, expected, strict=True):
-                torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
-        if readers == "all":
-            own.to_v.weight[24:].normal_()  # of the second layer alone
-            history = PureHistory(CONFIG, dit.cache_spec(), GRID, policy=policy(network=own))
-            first, second = history.policy.read({"memory": own.initial(1)}).layers
-            [wanted_entries] = shared.read(shared.initial(1))
-            torch.testing.assert_close(first["v"], wanted_entries["v"])
-            assert not torch.allclose(second["v"], wanted_entries["v"])
-            changed = functional(dit, policy(network=own))
-            assert not torch.allclose(changed[-1], expected[-1], atol=1e-3)
-            for ours, wanted in zip(in_place(dit, policy(network=own)), changed, strict=True):
-                torch.testing.assert_close(ours, wanted, atol=2e-5, rtol=1e-4)
-
-
-def test_readings_that_do_not_fit_the_layers_are_refused() -> None:
-    with pytest.raises(ConfigError, match="are 1 layers, and the memory has 2 readings"):
-        policy(network=of_layers(encoder()), read_layers=(1,))
-
-
 def test_off_is_the_plain_window_exactly() -> None:
     dit = small_dit()
     for run in (in_place, functional):
@@ -412,39 +322,6 @@ def test_detaching_cuts_the_memory_off() -> None:
     assert dataclasses.replace(cut, state=kept.state).state is kept.state
 
 
-def test_layers_that_do_not_read_the_memory_see_none_of_it() -> None:
-    """Also where streams of one batch differ in whether they read it, so that there is a mask."""
-    dit, used = small_dit(), policy(read_layers=(1,), read_initially=False)
-    history = SlotHistory(CONFIG, dit.cache_spec(), GRID, 2, policy=used)
-    slots = [history.join(), history.join()]
-    text = text_of(dit).select([0])
-    for _ in range(3):
-        entries = context_pass(dit, text, history.view(slots[:1]), torch.randn(1, 2, 3, *GRID))
-        history.commit(entries, slots[:1])
-    view = history.view(slots)
-    memory, past = view.segments
-    own, rows = torch.zeros(2, 2 * GRID[0] * GRID[1], 2, 12), past.num_tokens
-    assert not memory.layers[0]
-    assert view.with_own(0, "k", own).shape[1] == rows + own.shape[1]
-    assert view.with_own(1, "k", own).shape[1] == memory.num_tokens + rows + own.shape[1]
-    for layer, seen in ((0, rows), (1, memory.num_tokens + rows)):
-        mask = view.mask(layer)
-        assert mask is not None
-        assert mask[:, 0, 0].sum(1).tolist() == [seen + own.shape[1], own.shape[1]]
-        assert view.repeat(3).mask(layer).shape == (6, 1, 1, mask.shape[-1])
-
-
-def test_layers_share_one_set_of_keys_and_values() -> None:
-    """Read once, kept once (as read and as it came), whatever the number of layers."""
-    dit, used = small_dit(), policy()
-    sizes = [SlotHistory(CONFIG, dit.cache_spec(), GRID, 1, policy=which).num_bytes for which in (used, None)]
-    tokens, token_bytes = 2 * 2 * 3, 24 * 4
-    assert sizes[0] - sizes[1] == tokens * token_bytes * (2 + 1 + 1)  # read, as it came, and the state
-    read = used.read(used.start(1, torch.device("cpu"), torch.float32))
-    turned = read.map(lambda part: part + 1)
-    assert turned.layers[0]["k"] is turned.layers[1]["k"]
-
-
 def test_with_the_released_timing_the_first_pass_reads_the_memory_before_the_last_eviction() -> None:
     dit, text = small_dit(), text_of(small_dit())
     network = encoder()
@@ -471,12 +348,6 @@ def test_with_the_released_timing_the_first_pass_reads_the_memory_before_the_las
             history.commit(entries, taken)
     with pytest.raises(HistoryError, match="older than a commit"):
         views[1].after_first_pass()
-
-
-@pytest.mark.parametrize("readers", [(), (2,), (1, 0), (0, 0), (-1,)])
-def test_readers_that_the_network_does_not_have_are_refused(readers: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="no ascending layers of a DiT that has 2"):
-        policy(read_layers=readers)
 
 
 @pytest.mark.parametrize("layer", [2, -3])

@@ -9,31 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from latent_parts import HEAD, HEADS, TOKENS, WIDTH, attention
 from longtake.cache.base import Entries
 from longtake.cache.latent import latent_layout
 from longtake.history.base import HistoryConfig, HistoryView, frame_phases, full_view
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
 from longtake.history.pure import PureHistory
-from longtake.history.retention import MostAttendedConfig
 from longtake.history.slots import SlotHistory
 from longtake.models.dit import DiT
 from longtake.models.latent import LatentAttention
-from longtake.stream.state import PromptSwitch
-from longtake.train.walk import Walk
 from tiny_parts import GRID, LATENT, MEMORY, small_dit
-
-HEADS, WIDTH, HEAD = 2, 24, 12
-TOKENS = GRID[0] * GRID[1]
-
-
-def attention(seed: int = 0, **changes: Any) -> LatentAttention:
-    torch.manual_seed(seed)
-    config = LATENT.replace(kv_rank=8, **changes)
-    made = LatentAttention(WIDTH, HEADS, 1e-6, config, 8)
-    for name, parameter in made.named_parameters():
-        torch.nn.init.normal_(parameter, mean=1.0 if name.endswith("norm_kv.weight") else 0.0, std=0.4)
-    return made
 
 
 def turned(x_f: list[Tensor], bands: Any, ids: list[float]) -> list[Tensor]:
@@ -203,188 +189,6 @@ def test_a_memory_may_be_read_as_latents(path: Any) -> None:
         assert parameter.grad.any(), name
 
 
-def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None:
-    """From the words of the definition: sum over latents of q^2 step^2 / 24, in scaled scores."""
-    layers = {
-        (path, debias): attention(path=path, storage="int4", debias=debias, query_rank=None)
-        for path in ("expand", "absorbed")
-        for debias in (False, True)
-    }
-    layer = layers["expand", True]
-    spec = latent_layout((8,), layer.config.rope(HEAD), "int4")
-    with torch.no_grad():
-        past, own_x = torch.randn(1, 2 * TOKENS, WIDTH), torch.randn(1, TOKENS, WIDTH)
-        phases = frame_phases([(0.0, 1.0)], GRID, spec, "cpu")
-        _, entries = layer(past, HistoryView((), phases, 2, GRID), 0)
-        segment = Entries((entries,)).rotated(phases, spec)
-        view = HistoryView((segment,), frame_phases([(2.0,)], GRID, spec, "cpu"), 1, GRID)
-        outputs = {key: each(own_x, view, 0)[0] for key, each in layers.items()}
-        torch.testing.assert_close(outputs["expand", True], outputs["absorbed", True], atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(outputs["expand", True], outputs["expand", False], atol=1e-4)
-        q_rthn = layer.q_nope(own_x).unflatten(-1, (HEADS, -1))
-        asked = torch.einsum("rthn,hnc->rthc", q_rthn, layer.k_up.weight.unflatten(0, (HEADS, -1)))
-        asked = asked / math.sqrt(layer.config.nope_dim + layer.config.rope_dim)
-        step_k = entries["c_scale"].view(torch.float8_e4m3fn).float()[0, :, 0]
-        extra_htk = asked.square().sum(-1)[0].T[..., None] * step_k**2 / 24
-        keys, values = layers["expand", False]._expand(layers["expand", False]._numbers(segment.layers[0]))
-        q_rope = view.rotate(layer.q_rope(own_x).unflatten(-1, (HEADS, -1)))
-        own_latents = layers["expand", False]._numbers(
-            {
-                "c": layer.norm_kv(layer.kv_down(own_x)),
-                "k_rope": view.rotate(layer.k_rope(own_x).unsqueeze(2)),
-            }
-        )
-        own_k, own_v = layers["expand", False]._expand(own_latents)
-        k, v = torch.cat([keys, own_k], 1)[0], torch.cat([values, own_v], 1)[0]
-        q = torch.cat([q_rthn, q_rope], -1)[0]
-        scores = torch.einsum("thd,khd->htk", q, k) / math.sqrt(q.shape[-1])
-        scores[..., : 2 * TOKENS] -= extra_htk
-        expected = layer.o(torch.einsum("htk,khd->thd", scores.softmax(-1), v).flatten(1))
-    torch.testing.assert_close(outputs["expand", True][0], expected, atol=1e-5, rtol=1e-4)
-
-
-def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
-    """One network written down twice, the second time with a key of other turns and sizes."""
-    one = small_dit(memory=MEMORY, latent=LATENT)
-    other = small_dit(memory=MEMORY, latent=LATENT)
-    other.load_state_dict(one.state_dict())
-    generator = torch.Generator().manual_seed(0)
-    for block in other.blocks:
-        layer = block.self_attn
-        assert isinstance(layer, LatentAttention)
-        stretch_p2 = torch.randn(LATENT.rope_dim // 2, 2, generator=generator) + 0.5
-        as_complex = torch.view_as_complex(stretch_p2)
-        with torch.no_grad():
-            for name, factor in (("k_rope", as_complex), ("q_rope", (1 / as_complex).conj())):
-                linear = getattr(layer, name)
-                for tensor in (linear.weight, linear.bias):
-                    rows = tensor.reshape(-1, len(as_complex), 2, *tensor.shape[1:]).movedim(2, -1)
-                    factors = factor.view(1, -1, *(1,) * (tensor.dim() - 1))
-                    turned = torch.view_as_real(torch.view_as_complex(rows.contiguous()) * factors)
-                    tensor.copy_(turned.movedim(-1, 2).reshape(tensor.shape))
-            layer.turns.copy_(torch.view_as_real(1 / as_complex).expand_as(layer.turns))
-    assert_all_see_the_same(one, other)
-
-
-def test_several_shared_keys_that_add_up_to_one_are_that_one() -> None:
-    """One network written down twice, the second time with two shared keys of each band, of which heads make
-    the one that they had.
-    """
-    one = small_dit(memory=MEMORY, latent=LATENT)
-    bands = ((0, 0), (0, 0), (1, 1))
-    other = small_dit(memory=MEMORY, latent=LATENT.replace(rope_bands=bands))
-    pairs, generator = LATENT.rope_dim // 2, torch.Generator().manual_seed(0)
-    same = {name: tensor for name, tensor in one.state_dict().items() if not name.endswith("turns")}
-    replaced = {name for name in same if ".k_rope." in name or ".q_rope." in name}
-    other.load_state_dict({name: same[name] for name in same.keys() - replaced}, strict=False)
-    sharpness = ((LATENT.nope_dim + 2 * LATENT.rope_dim) / (LATENT.nope_dim + LATENT.rope_dim)) ** 0.5
-    for before, after in zip(one.blocks, other.blocks, strict=True):
-        layer, plain = after.self_attn, before.self_attn
-        assert isinstance(layer, LatentAttention)
-        assert isinstance(plain, LatentAttention)
-        turns_p2 = torch.view_as_complex(torch.randn(pairs, 2, 2, generator=generator) + 0.5)
-        keys_p2 = torch.view_as_complex(torch.randn(pairs, 2, 2, generator=generator))
-        keys_p2[:, 1] = (1 - turns_p2[:, 0] * keys_p2[:, 0]) / turns_p2[:, 1]
-        with torch.no_grad():
-            for name, factors_p2 in (("k_rope", keys_p2), ("q_rope", sharpness * turns_p2.conj())):
-                for part in ("weight", "bias"):
-                    given = getattr(getattr(plain, name), part)
-                    rows = given.reshape(-1, pairs, 2, *given.shape[1:]).movedim(2, -1)  # heads, pairs
-                    as_complex = torch.view_as_complex(rows.contiguous()).unsqueeze(2)
-                    made = as_complex * factors_p2.view(1, pairs, 2, *(1,) * (given.dim() - 1))
-                    target = getattr(getattr(layer, name), part)
-                    target.copy_(torch.view_as_real(made).movedim(-1, 3).reshape(target.shape))
-            layer.q_nope.weight.mul_(sharpness)
-            layer.q_nope.bias.mul_(sharpness)
-            layer.turns.copy_(torch.view_as_real(turns_p2.flatten()).expand_as(layer.turns))
-    for path in ("expand", "absorbed"):
-        for block in other.blocks:
-            assert isinstance(block.self_attn, LatentAttention)
-            block.self_attn.config = block.self_attn.config.replace(path=path)
-        assert_all_see_the_same(one, other)
-
-
-def assert_all_see_the_same(one: DiT, other: DiT) -> None:
-    """Heads, memories and policies."""
-    config = HistoryConfig(
-        window_frames=5, sink_frames=1, chunk_frames=2, positions=Relative(f_max=6), policy=EvolvingConfig()
-    )
-    for policy in (EvolvingConfig(), MostAttendedConfig(num_frames=2, unit="token")):
-        outputs = []
-        for network in (one, other):
-            used = network.policy(policy, GRID)
-            history = PureHistory(config.replace(policy=policy), network.cache_spec(), GRID, used)
-            text = network.encode_text(torch.linspace(-1, 1, 32).reshape(1, 4, 8))
-            with torch.no_grad():
-                for seed in range(6):
-                    x = torch.randn(1, 2, 3, *GRID, generator=torch.Generator().manual_seed(seed))
-                    flow, entries = network(x, torch.zeros(1, 2), text, history.view())
-                    history = history.commit(entries)
-            outputs.append(flow)
-        torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-3)
-
-
-def test_keys_in_8_bits_are_a_little_off_and_cut_off_where_they_do_not_fit() -> None:
-    """What is read of the past, over what it was: three bits of every number."""
-    spec = latent_layout((4,), LATENT.rope(HEAD), key_storage="fp8")
-    config = HistoryConfig(window_frames=5, sink_frames=0, chunk_frames=2, positions=Relative(f_max=4))
-    pure, fixed = PureHistory(config, spec, GRID), SlotHistory(config, spec, GRID, 1)
-    slot = fixed.join()
-    key = 3 * torch.randn(1, 2 * GRID[0] * GRID[1], 1, 2 * spec.rope.num_pairs)
-    key[0, 0] = 1e4
-    entries = Entries(({"c": torch.randn(1, key.shape[1], 4), "k_rope": key},))
-    pure = pure.commit(entries)
-    fixed.commit(entries, [slot])
-    exact = entries.rotated(pure._phases((0, 1)), spec).layers[0]["k_rope"]
-    [stored] = fixed.view([slot]).segments
-    read = stored.layers[0]["k_rope"]
-    assert read.dtype == torch.float8_e4m3fn
-    kept = torch.cat([segment.layers[0]["k_rope"] for segment in pure.view().segments], dim=1)
-    assert torch.equal(read.float(), kept)
-    fits = exact.abs() < 448
-    assert bool(((kept - exact).abs() <= exact.abs() / 16 + 2.0**-10)[fits].all())
-    assert not torch.equal(kept, exact)
-    assert set(kept[~fits].abs().tolist()) == {448.0}
-
-
-@pytest.mark.parametrize("storage", ["fp8", "int4", "keys"])
-def test_training_reads_the_numbers_that_serving_unpacks(storage: Any) -> None:
-    """Also where some chunks are committed without gradients, or some rows' prompts switch."""
-    kept = {"key_storage": "fp8"} if storage == "keys" else {"storage": storage, "debias": storage == "int4"}
-    network = small_dit(memory=MEMORY, latent=LATENT.replace(**kept))
-    config = HistoryConfig(
-        window_frames=7, sink_frames=2, chunk_frames=2, positions=Relative(f_max=8), policy=EvolvingConfig()
-    )
-    text = network.encode_text(torch.randn(2, 4, 8, generator=torch.Generator().manual_seed(1)))
-    policy, spec = network.policy(config.policy, GRID), network.cache_spec()
-    served = SlotHistory(config, spec, GRID, 2, policy=policy)
-    slots = [served.join(), served.join()]
-    walk = Walk(network, config, text, 2, *GRID)
-    for chunk, x in enumerate(torch.randn(6, 2, 2, 3, *GRID, generator=torch.Generator().manual_seed(2))):
-        with torch.no_grad():
-            _, entries = network(x, torch.zeros(2, 2), text, served.view(slots))
-            served.commit(entries, slots)
-        if chunk % 2:
-            walk.commit(x, learns=False)
-        else:
-            clean = walk.advance(x, torch.ones(2) * 1e-9, x)
-            assert clean.requires_grad
-    sigma = torch.full((2,), 0.5)
-    with torch.no_grad():
-        flow, _ = network(x, 1000 * sigma[:, None].expand(2, 2), text, served.view(slots))
-    learned = walk.predict(x, sigma)
-    torch.testing.assert_close(learned, x - 0.5 * flow, atol=2e-5, rtol=1e-4)
-    walk.switch(text, PromptSwitch(text="", memory="keep"), rows=[0])
-    walk.predict(x, sigma).square().sum().backward()
-    assert network.memory is not None
-    assert network.memory.query_init.grad is not None
-    assert all(
-        parameter.grad is not None
-        for name, parameter in network.named_parameters()
-        if name.endswith("self_attn.k_rope.weight")
-    )
-
-
 def test_masks_hide_the_same_on_both_paths() -> None:
     one, other = both_paths()
     x = torch.randn(2, 6, 3, *GRID)
@@ -410,22 +214,3 @@ def test_large_scores_are_taken_in_blocks(monkeypatch: pytest.MonkeyPatch) -> No
             blocks, _ = network(x, torch.zeros(2, 4), text, view)
             monkeypatch.undo()
         torch.testing.assert_close(blocks, whole, atol=1e-5, rtol=1e-5)
-
-
-def test_dense_keys_stand_in_the_channels_of_an_original_head() -> None:
-    """So a memory that was trained on per-head keys reads the same channels here."""
-    layer = attention(rope_bands=(1, (1,), (0,)))
-    still, turning = layer.config.channels(HEAD)
-    assert turning == (0, 1, 6, 7, 8, 9)
-    assert sorted((*still, *turning)) == list(range(HEAD))
-    parts = {"c": torch.randn(1, 3, 8), "k_rope": torch.randn(1, 3, 1, 6)}
-    keys, values = layer.dense(parts)
-    assert values.shape == keys.shape == (1, 3, HEADS, HEAD)
-    assert torch.equal(keys[0, :, 1, list(turning)], parts["k_rope"][0, :, 0])
-    assert torch.equal(keys[0, :, 1, list(still)], layer.k_up(parts["c"])[0, :, layer.config.nope_dim :])
-    rope = layer.config.dense_rope(HEAD)
-    assert [[bool(frequency) for frequency in axis] for axis in rope.frequencies] == [
-        [True, False],
-        [False, True],
-        [True, False],
-    ]
