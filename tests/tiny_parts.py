@@ -168,6 +168,11 @@ STREAM_SETTINGS: list[dict[str, Any]] = [
     },
     {"latent": LATENT.replace(path="absorbed", storage="int4", debias=True), "guidance": 1.5},
     {
+        "latent": LATENT.replace(path="kept", rope_bands=((0, 0, 0), 1, (1, 1)), heads_mix="keys"),
+        "policy": EvolvingConfig(),
+        "positions": Relative(f_max=10),
+    },
+    {
         "latent": LATENT.replace(kv_rank=8, storage="fp8", key_storage="fp8"),
         "memory": MEMORY.replace(read_as_latent=(8, 6)),
         "policy": EvolvingConfig(),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from longtake.cache.base import Entries
 from longtake.cache.latent import latent_layout
 from longtake.convert.calibrate import sample_tokens
 from longtake.convert.dense import DenseLayer, Linear
@@ -111,9 +112,35 @@ def test_more_shared_keys_lose_less_and_one_for_each_head_nothing() -> None:
 
 
 def test_keys_are_counted_for_all_bands() -> None:
-    made = ConvertConfig(rope_bands=(2, (1,), 1), rope_keys=2).latent(small_dit().config)
+    config = ConvertConfig(rope_bands=(2, (1,), 1), rope_keys=2)
+    made = config.latent(small_dit().config)
     assert made.rope_bands == ((0, 0, 1, 1), (1, 1), (0, 0))
     assert (made.rope_dim, made.nope_dim) == (16, 4)
+    assert (made.heads_mix, made.head_rope_dim(12)) == ("keys", 8)
+    asked = config.replace(heads_mix="queries").latent(small_dit().config)
+    assert (asked.heads_mix, asked.head_rope_dim(12)) == ("queries", 16)
+    assert config.replace(rope_keys=1).latent(small_dit().config).heads_mix == "queries"
+
+
+def test_it_is_the_same_whether_queries_or_keys_are_mixed() -> None:
+    """One conversion written down in two ways, of which attention over a past sees nothing."""
+    dense, tokens = DenseLayer.of(small_dit(0).state_dict(), 0, HEADS, 1e-6), Tokens.sampled(sampled())
+    bands = ((0, 0), (0,), (1, 1))
+    outputs = []
+    for heads_mix in ("queries", "keys"):
+        config = LATENT.replace(rope_bands=bands, heads_mix=heads_mix)
+        made = convert_layer(dense, config, 12, tokens, "covariance")
+        layer = LatentAttention(WIDTH, HEADS, 1e-6, config, 12)
+        layer.load_state_dict(made.weights)
+        spec = latent_layout((12,), config.rope(WIDTH // HEADS))
+        with torch.no_grad():
+            past = HistoryView((), frame_phases([(3.0, 4.0)], GRID, spec, "cpu"), 2, GRID)
+            x = sampled().held_out_nw[: 3 * GRID[0] * GRID[1]].view(1, -1, WIDTH)
+            split = 2 * GRID[0] * GRID[1]
+            segment = Entries((layer(x[:, :split], past, 0)[1],)).rotated(past.phases, spec)
+            view = HistoryView((segment,), frame_phases([(5.0,)], GRID, spec, "cpu"), 1, GRID)
+            outputs.append(layer(x[:, split:], view, 0)[0])
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-3)
 
 
 def test_one_head_at_one_place_is_what_it_was() -> None:

@@ -48,6 +48,8 @@ LAYOUTS = {"dense": None} | {
     for path, storage in (("expand", "full"), ("absorbed", "full"), ("expand", "int4"), ("absorbed", "fp8"))
 }
 LAYOUTS["absorbed int4"] = LATENT.replace(path="absorbed", storage="int4", debias=True)
+MIXED = LATENT.replace(rope_bands=((0, 0), (0, 0, 0), (1, 1)), heads_mix="keys")
+LAYOUTS |= {f"mixed keys, {path}": MIXED.replace(path=path) for path in ("expand", "absorbed", "kept")}
 ROUNDED_KEYS = "keys in 8 bits, "
 LAYOUTS |= {
     f"{ROUNDED_KEYS}{path}": LATENT.replace(path=path, key_storage="fp8") for path in ("expand", "absorbed")

@@ -51,7 +51,7 @@ def reference(layer: LatentAttention, x_ftw: list[Tensor], own: int, ids: list[f
     def rms(name: str, x: Tensor) -> Tensor:
         return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) * w[name + ".weight"]
 
-    nope, rope = layer.config.nope_dim, layer.config.rope_dim
+    nope, rope = layer.config.nope_dim, layer.config.head_rope_dim(HEAD)
     c_f = [rms("norm_kv", linear("kv_down", x)) for x in x_ftw]
     k_rope = torch.cat(turned([linear("k_rope", x) for x in x_ftw], layer.config.rope_bands, ids))
     k_nope, v = (torch.cat([linear(name, c) for c in c_f]) for name in ("k_up", "v_up"))
@@ -62,18 +62,46 @@ def reference(layer: LatentAttention, x_ftw: list[Tensor], own: int, ids: list[f
     for h in range(HEADS):
         q_nope = torch.cat([linear("q_nope", x)[:, h * nope : (h + 1) * nope] for x in query_f])
         mine = [linear("q_rope", x)[:, h * rope : (h + 1) * rope] for x in query_f]
-        q_rope = torch.cat(turned(mine, layer.config.rope_bands, ids[-own:]))
-        scores = q_nope @ k_nope[:, h * nope : (h + 1) * nope].T + q_rope @ k_rope.T
+        bands, key = layer.config.rope_bands, k_rope
+        if layer.config.heads_mix == "keys":
+            key = mixed(layer, h, k_rope)
+            bands = tuple(b if isinstance(b, int) else tuple(sorted(set(b))) for b in bands)
+        q_rope = torch.cat(turned(mine, bands, ids[-own:]))
+        scores = q_nope @ k_nope[:, h * nope : (h + 1) * nope].T + q_rope @ key.T
         weights = (scores / math.sqrt(nope + rope)).softmax(-1)
         heads.append(weights @ v[:, h * HEAD : (h + 1) * HEAD])
     return linear("o", torch.cat(heads, -1))
 
 
+def mixed(layer: LatentAttention, head: int, key_tp: Tensor) -> Tensor:
+    """Of every pair of channels the sum over its shared keys, each times the head's number."""
+    turns_p = torch.view_as_complex(layer.turns.detach()[head])
+    products = (torch.view_as_complex(key_tp.reshape(len(key_tp), -1, 2).contiguous()) * turns_p).split(1, 1)
+    rows, first = [], 0
+    for count in layer.config.keys_of_pairs(HEAD):
+        total = sum(products[first : first + count], torch.zeros(()))
+        rows.append(torch.view_as_real(total.squeeze(1)))
+        first += count
+    return torch.cat(rows, -1)
+
+
 @pytest.mark.parametrize("path", ["expand", "absorbed", "auto", "kept"])
 @pytest.mark.parametrize("query_rank", [None, 5])
-@pytest.mark.parametrize("bands", [(1, 1, 1), ((1,), 0, (0, 1)), (2, 2, 2), ((0, 0, 1), (0, 0), 1)])
-def test_both_paths_are_what_the_definition_says(path: str, query_rank: int | None, bands: Any) -> None:
-    layer = attention(path=path, query_rank=query_rank, rope_bands=bands)
+@pytest.mark.parametrize(
+    ("bands", "heads_mix"),
+    [
+        ((1, 1, 1), "queries"),
+        (((1,), 0, (0, 1)), "queries"),
+        ((2, 2, 2), "queries"),
+        (((0, 0, 1), (0, 0), 1), "queries"),
+        (((0, 0, 1), (0, 0), 1), "keys"),
+        (((0, 0, 1, 1), (), (0, 0)), "keys"),
+    ],
+)
+def test_both_paths_are_what_the_definition_says(
+    path: str, query_rank: int | None, bands: Any, heads_mix: str
+) -> None:
+    layer = attention(path=path, query_rank=query_rank, rope_bands=bands, heads_mix=heads_mix)
     spec = latent_layout((8,), layer.config.rope(HEAD))
     x_ftw = [torch.randn(TOKENS, WIDTH) for _ in range(5)]
     ids = [3.0, 4.0, 5.0, 6.0, 7.0]

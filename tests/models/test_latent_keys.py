@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from latent_parts import HEAD, HEADS, attention
@@ -12,6 +13,7 @@ from longtake.history.pure import PureHistory
 from longtake.history.retention import MostAttendedConfig
 from longtake.models.dit import DiT
 from longtake.models.latent import LatentAttention
+from longtake.models.latent_config import AttentionPath, HeadsMix
 from tiny_parts import GRID, LATENT, MEMORY, small_dit
 
 
@@ -38,42 +40,66 @@ def test_what_heads_make_of_the_shared_key_is_a_choice_of_words() -> None:
     assert_all_see_the_same(one, other)
 
 
-def test_several_shared_keys_that_add_up_to_one_are_that_one() -> None:
-    """One network written down twice, the second time with two shared keys of each band, of which heads make
-    the one that they had.
+@pytest.mark.parametrize("heads_mix", ["queries", "keys"])
+def test_several_shared_keys_that_add_up_to_one_are_that_one(heads_mix: HeadsMix) -> None:
+    """One network written down twice, the second time with several shared keys of some bands, of which every
+    head makes the one that it had, in a way of its own.
     """
     one = small_dit(memory=MEMORY, latent=LATENT)
-    bands = ((0, 0), (0, 0), (1, 1))
-    other = small_dit(memory=MEMORY, latent=LATENT.replace(rope_bands=bands))
-    pairs, generator = LATENT.rope_dim // 2, torch.Generator().manual_seed(0)
+    bands, counts = ((0, 0), (0,), (1, 1, 1)), (2, 1, 3)
+    latent = LATENT.replace(rope_bands=bands, heads_mix=heads_mix)
+    other = small_dit(memory=MEMORY, latent=latent)
+    assert latent.keys_of_pairs(HEAD) == counts
+    of_pair = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    generator = torch.Generator().manual_seed(0)
     same = {name: tensor for name, tensor in one.state_dict().items() if not name.endswith("turns")}
-    replaced = {name for name in same if ".k_rope." in name or ".q_rope." in name}
+    own_queries = {"queries": ".q_rope.", "keys": ".k_rope."}[heads_mix]
+    replaced = {name for name in same if ".k_rope." in name or own_queries in name}
     other.load_state_dict({name: same[name] for name in same.keys() - replaced}, strict=False)
-    sharpness = ((LATENT.nope_dim + 2 * LATENT.rope_dim) / (LATENT.nope_dim + LATENT.rope_dim)) ** 0.5
+    sharpness = (latent.head_query_dim(HEAD) / LATENT.head_query_dim(HEAD)) ** 0.5
     for before, after in zip(one.blocks, other.blocks, strict=True):
         layer, plain = after.self_attn, before.self_attn
         assert isinstance(layer, LatentAttention)
         assert isinstance(plain, LatentAttention)
-        turns_p2 = torch.view_as_complex(torch.randn(pairs, 2, 2, generator=generator) + 0.5)
-        keys_p2 = torch.view_as_complex(torch.randn(pairs, 2, 2, generator=generator))
-        keys_p2[:, 1] = (1 - turns_p2[:, 0] * keys_p2[:, 0]) / turns_p2[:, 1]
+        keys_p = torch.view_as_complex(torch.randn(len(of_pair), 2, generator=generator) + 0.5)
+        turns_hp = torch.view_as_complex(torch.randn(HEADS, len(of_pair), 2, generator=generator) + 0.5)
+        for pair in range(3):  # the last of each pair's turns makes the sum one
+            *others, last = torch.nonzero(of_pair == pair).flatten().tolist()
+            turns_hp[:, last] = (1 - (turns_hp[:, others] * keys_p[others]).sum(-1)) / keys_p[last]
         with torch.no_grad():
-            for name, factors_p2 in (("k_rope", keys_p2), ("q_rope", sharpness * turns_p2.conj())):
+            made = [("k_rope", keys_p[None])]
+            made += [("q_rope", sharpness * turns_hp.conj())] if heads_mix == "queries" else []
+            for name, factors_hp in made:
                 for part in ("weight", "bias"):
                     given = getattr(getattr(plain, name), part)
-                    rows = given.reshape(-1, pairs, 2, *given.shape[1:]).movedim(2, -1)  # heads, pairs
-                    as_complex = torch.view_as_complex(rows.contiguous()).unsqueeze(2)
-                    made = as_complex * factors_p2.view(1, pairs, 2, *(1,) * (given.dim() - 1))
+                    rows = given.reshape(-1, 3, 2, *given.shape[1:]).movedim(2, -1)  # heads, pairs
+                    as_complex = torch.view_as_complex(rows.contiguous())[:, of_pair]
+                    turned = as_complex * factors_hp.view(*factors_hp.shape, *(1,) * (given.dim() - 1))
                     target = getattr(getattr(layer, name), part)
-                    target.copy_(torch.view_as_real(made).movedim(-1, 3).reshape(target.shape))
+                    target.copy_(torch.view_as_real(turned).movedim(-1, 2).reshape(target.shape))
             layer.q_nope.weight.mul_(sharpness)
             layer.q_nope.bias.mul_(sharpness)
-            layer.turns.copy_(torch.view_as_real(turns_p2.flatten()).expand_as(layer.turns))
-    for path in ("expand", "absorbed"):
+            layer.turns.copy_(torch.view_as_real(turns_hp))
+    paths: tuple[AttentionPath, ...] = ("expand", "absorbed", "kept")
+    for path in paths:
         for block in other.blocks:
             assert isinstance(block.self_attn, LatentAttention)
             block.self_attn.config = block.self_attn.config.replace(path=path)
         assert_all_see_the_same(one, other)
+
+
+def test_heads_that_mix_keys_attend_as_wide_as_before() -> None:
+    """However many keys they share; and learn their mixtures."""
+    bands = ((0, 0, 0), (0, 0, 0), (1, 1, 1))
+    layer = attention(rope_bands=bands, heads_mix="keys")
+    plain = attention(rope_bands=((0,), (0,), (1,)))
+    keys, _ = layer.dense({"c": torch.randn(1, 3, 8), "k_rope": torch.randn(1, 3, 1, 18)})
+    assert keys.shape == (1, 3, HEADS, layer.config.nope_dim + 6)
+    assert layer.q_rope.weight.shape == plain.q_rope.weight.shape
+    keys.square().sum().backward()
+    assert layer.turns.grad is not None
+    assert bool(layer.turns.grad.abs().min() > 0)
+    assert "turns" not in dict(plain.named_parameters())
 
 
 def assert_all_see_the_same(one: DiT, other: DiT) -> None:

@@ -35,20 +35,23 @@ TOKENS = GRID[0] * GRID[1]
     past=st.integers(0, 4),
     copies=st.integers(1, 3),
     tokens=st.integers(1, 3),
+    mixed=st.booleans(),
 )
 def test_costs_are_those_that_torch_counts(
-    heads: int, rank: int, past: int, copies: int, tokens: int
+    heads: int, rank: int, past: int, copies: int, tokens: int, mixed: bool
 ) -> None:
     config = LatentConfig(kv_rank=rank, query_rank=None, nope_dim=7, rope_bands=(1, 1, 1))
-    width = heads * 12
-    sizes = LatentSizes(heads, rank, 7, 6, 12)
+    if mixed:
+        config = config.replace(rope_bands=((0, 0), (0, 0), (0, 0)), heads_mix="keys")
+    width, shared = heads * 12, config.rope_dim
+    sizes = LatentSizes(heads, rank, 7, shared, 12, 6 if mixed else None)
     spec = latent_layout((rank,), config.rope(12))
     past_tokens = past * TOKENS
     counted = sizes.cost(copies, tokens * TOKENS, past_tokens, copies)
     found = {}
     for path in ("expand", "absorbed", "kept"):
         layer = LatentAttention(width, heads, 1e-6, config.replace(path=path), rank)
-        parts = {"c": torch.randn(1, past_tokens, rank), "k_rope": torch.randn(1, past_tokens, 1, 6)}
+        parts = {"c": torch.randn(1, past_tokens, rank), "k_rope": torch.randn(1, past_tokens, 1, shared)}
         phases = frame_phases([range(tokens)], GRID, spec, "cpu")
         segments = (Entries((parts,)),) if past else ()
         view = HistoryView(segments, phases, tokens, GRID, copies=copies)
@@ -58,7 +61,7 @@ def test_costs_are_those_that_torch_counts(
                 layer(x, view, 0)
             with counter() as count:
                 layer(x, view, 0)
-        before = 2 * x.shape[0] * x.shape[1] * width * (heads * 13 + rank + 6 + width)  # projections
+        before = 2 * x.shape[0] * x.shape[1] * width * (heads * 13 + rank + shared + width)  # projections
         found[path] = count.get_total_flops() - before
         auto = LatentAttention(width, heads, 1e-6, config, rank)
         assert auto.path(x.shape[:2], view, 0) == counted.cheapest

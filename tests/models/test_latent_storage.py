@@ -21,10 +21,11 @@ from longtake.train.walk import Walk
 from tiny_parts import GRID, LATENT, MEMORY, small_dit
 
 
-def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None:
+@pytest.mark.parametrize("changes", [{}, {"rope_bands": ((0, 0), (0, 0), (1, 1)), "heads_mix": "keys"}])
+def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores(changes: dict[str, Any]) -> None:
     """From the words of the definition: sum over latents of q^2 step^2 / 24, in scaled scores."""
     layers = {
-        (path, debias): attention(path=path, storage="int4", debias=debias, query_rank=None)
+        (path, debias): attention(path=path, storage="int4", debias=debias, query_rank=None, **changes)
         for path in ("expand", "absorbed")
         for debias in (False, True)
     }
@@ -41,11 +42,12 @@ def test_debiasing_takes_half_the_variance_of_the_rounding_from_scores() -> None
         assert not torch.allclose(outputs["expand", True], outputs["expand", False], atol=1e-4)
         q_rthn = layer.q_nope(own_x).unflatten(-1, (HEADS, -1))
         asked = torch.einsum("rthn,hnc->rthc", q_rthn, layer.k_up.weight.unflatten(0, (HEADS, -1)))
-        asked = asked / math.sqrt(layer.config.nope_dim + layer.config.rope_dim)
+        asked = asked / math.sqrt(layer.config.head_query_dim(HEAD))
         step_k = entries["c_scale"].view(torch.float8_e4m3fn).float()[0, :, 0]
         extra_htk = asked.square().sum(-1)[0].T[..., None] * step_k**2 / 24
         keys, values = layers["expand", False]._expand(layers["expand", False]._numbers(segment.layers[0]))
-        q_rope = view.rotate(layer.q_rope(own_x).unflatten(-1, (HEADS, -1)))
+        pairs = [0, 2, 4] if changes else None
+        q_rope = view.rotate(layer.q_rope(own_x).unflatten(-1, (HEADS, -1)), pairs)
         own_latents = layers["expand", False]._numbers(
             {
                 "c": layer.norm_kv(layer.kv_down(own_x)),

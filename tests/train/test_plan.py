@@ -33,6 +33,7 @@ PLENTY = Machine("cpu", 10**15)
 
 
 LATENT = LatentConfig(kv_rank=(6, 9), query_rank=10, nope_dim=6, rope_bands=(1, 1, 1))
+MIXED = LATENT.replace(rope_bands=((0, 0), (0, 0), (0, 0)), heads_mix="keys")
 
 
 def toy(precision: str = "fp32", latent: LatentConfig | None = None, **changes: dict[str, object]) -> Recipe:
@@ -73,7 +74,8 @@ def task_of(made: Recipe, stage: str) -> DiTTask | TrajectoryTask | DMDTask | VA
 @pytest.mark.parametrize(
     ("stage", "latent"),
     [(stage, None) for stage in ("vae", "decoder", "first", "windows", "trajectory")]
-    + [(stage, LATENT) for stage in ("first", "windows", "trajectory", "layers")],
+    + [(stage, LATENT) for stage in ("first", "windows", "trajectory", "layers")]
+    + [("windows", MIXED)],
 )
 def test_a_plan_foretells_what_a_step_takes(stage: str, latent: LatentConfig | None, precision: str) -> None:
     made = toy(precision, latent)

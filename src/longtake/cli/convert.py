@@ -48,6 +48,8 @@ class Arguments(Config):
         rope_bands: bands that turn with time, row and column, as numbers of the highest ones.
         rope_keys: keys that heads share of each of these bands, each head a mixture of its own; 1 in
             VideoMLA. "auto" chooses them with the ranks for a budget.
+        heads_mix: where heads mix several keys of a band: in their queries, which are wider for it, or in
+            keys as they are expanded (where there are several, if left out).
         path: how attention is computed: with one layer's keys and values made of latents (expand), none
             (absorbed), those of the past made once for all passes of a chunk (kept: the least time, and all
             layers' until the chunk is done), or by the first two's FLOPs (auto, where it is left out). Of a
@@ -82,6 +84,7 @@ class Arguments(Config):
     nope_dim: int | None = Field(None, ge=1)
     rope_bands: tuple[int, int, int] | None = None
     rope_keys: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    heads_mix: Literal["queries", "keys"] | None = None
     path: Literal["auto", "expand", "absorbed", "kept"] | None = None
     storage: Literal["full", "fp8", "int4"] | None = None
     key_storage: Literal["full", "fp8"] | None = None

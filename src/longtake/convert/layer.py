@@ -155,9 +155,10 @@ class _Parts:
         self._keys_of_pairs = list(config.keys_of_pairs(dim))
         # Fewer channels without positions than an original head has left: the last are dropped.
         self.still, self.turning = still[: config.nope_dim], turning
+        self._keys_mix = config.heads_mix == "keys"
         self.missing = config.nope_dim - len(self.still)
         # Scores are scaled by the channels of a head, of which there may be more or fewer now.
-        self._sharpness = ((config.nope_dim + config.rope_dim) / dim) ** 0.5
+        self._sharpness = (config.head_query_dim(dim) / dim) ** 0.5
         samples = tokens.samples_nw
         self._key_nhd: Tensor | None = None
         values = _as_heads(dense.v, heads)
@@ -199,12 +200,22 @@ class _Parts:
     def _exact_queries(self, x_nw: Tensor) -> Tensor:
         """Queries without positions of all heads, then those with, as they meet the shared key."""
         query_nhd = self._dense.queries(x_nw)
-        pairs_nhp2 = torch.unflatten(query_nhd[..., list(self.turning)], -1, (-1, 2))
-        turned = torch.view_as_complex(pairs_nhp2.contiguous()) * self.turns_hp.conj()
+        asked, turns_hp = self._query_turns()
+        pairs_nhp2 = torch.unflatten(query_nhd[..., asked], -1, (-1, 2))
+        turned = torch.view_as_complex(pairs_nhp2.contiguous()) * turns_hp
         still = self._nope_samples(query_nhd)
         joined = torch.cat([still.flatten(1), torch.view_as_real(turned).flatten(1)], dim=1)
         queries: Tensor = self._sharpness * joined
         return queries
+
+    def _query_turns(self) -> tuple[list[int], Tensor]:
+        """Which channels of an original head's queries turn with position, and what each pair of them is
+        times, complex ``[h, p]``.
+        """
+        if self._keys_mix:
+            asked = list(dict.fromkeys(self.turning))
+            return asked, self.turns_hp.new_ones(len(self.turns_hp), len(asked) // 2)
+        return list(self.turning), self.turns_hp.conj()
 
     def _nope(self, maps: list[Linear]) -> list[Linear]:
         """Of every head the channels that do not turn, zeros where there are more than it had."""
@@ -265,11 +276,12 @@ class _Parts:
 
     def _latent_queries(self, queries: list[Linear]) -> Linear:
         """The linear map that comes closest to `_exact_queries`, from those of queries."""
-        pairs = torch.tensor(self.turning).view(-1, 2)
+        asked, turns_hp = self._query_turns()
+        pairs = torch.tensor(asked).view(-1, 2)
         turned = []
-        for head, turn_p in zip(queries, self.turns_hp, strict=True):
-            weight = turn_p.conj()[:, None] * _pair_maps(head.weight, pairs)
-            bias = turn_p.conj() * _pair_maps(head.bias[:, None], pairs)[:, 0]
+        for head, turn_p in zip(queries, turns_hp, strict=True):
+            weight = turn_p[:, None] * _pair_maps(head.weight, pairs)
+            bias = turn_p * _pair_maps(head.bias[:, None], pairs)[:, 0]
             turned.append(
                 Linear(
                     torch.view_as_real(weight).movedim(-1, 1).flatten(0, 1),

@@ -23,7 +23,7 @@ from longtake.diffusion.flow import Schedule
 from longtake.errors import ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.models.dit_config import DiTConfig
-from longtake.models.latent_config import AttentionPath, Bands, LatentConfig
+from longtake.models.latent_config import AttentionPath, Bands, HeadsMix, LatentConfig
 
 
 class ConvertConfig(Config):
@@ -43,6 +43,7 @@ class ConvertConfig(Config):
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
         rope_keys: that heads share of each of these bands; 1 in VideoMLA. "auto" chooses them with the ranks
             for a budget, by what either costs the flow (see `shared_keys`).
+        heads_mix: see `LatentConfig`; None has keys mixed where there are several.
         path, storage, key_storage, debias: see `LatentConfig`.
         num_tokens: of every layer; three quarters of the streams' are fitted to, the others' are what errors
             are measured with. 0 for none.
@@ -61,6 +62,7 @@ class ConvertConfig(Config):
     nope_dim: int | None = Field(default=None, ge=1)
     rope_bands: tuple[Bands, Bands, Bands] | None = None
     rope_keys: Annotated[int, Field(ge=1)] | Literal["auto"] = 1
+    heads_mix: HeadsMix | None = None
     path: AttentionPath = "auto"
     storage: Storage = "full"
     key_storage: KeyStorage = "full"
@@ -151,6 +153,12 @@ class ConvertConfig(Config):
             )
         return replace(plan, latent=plan.latent.replace(kv_rank=ranks))
 
+    @property
+    def _heads_mix(self) -> HeadsMix:
+        if self.heads_mix is None:
+            return "queries" if self.rope_keys == 1 else "keys"
+        return self.heads_mix
+
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
         bands: tuple[Bands, Bands, Bands] = (
@@ -164,6 +172,7 @@ class ConvertConfig(Config):
             query_rank=self.query_rank,
             nope_dim=1 if self.nope_dim is None else self.nope_dim,
             rope_bands=bands,
+            heads_mix=self._heads_mix,
             path=self.path,
             storage=self.storage,
             key_storage=self.key_storage,

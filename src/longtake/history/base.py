@@ -163,11 +163,14 @@ class HistoryView:
             made={},
         )
 
-    def rotate(self, x_rthd: Tensor) -> Tensor:
-        """Turn own queries or keys by their positions."""
-        if self.copies == 1 or self.phases.cos.shape[0] == 1:
-            return rotate(x_rthd, self.phases)
-        return rotate(torch.unflatten(x_rthd, 0, (self.copies, -1)), self.phases).flatten(0, 1)
+    def rotate(self, x_rthd: Tensor, pairs: Sequence[int] | None = None) -> Tensor:
+        """Turn own queries or keys by their positions; `pairs` says which they have of the layout's pairs of
+        channels, all by default.
+        """
+        phases = self.phases if pairs is None else self.phases.of_pairs(pairs)
+        if self.copies == 1 or phases.cos.shape[0] == 1:
+            return rotate(x_rthd, phases)
+        return rotate(torch.unflatten(x_rthd, 0, (self.copies, -1)), phases).flatten(0, 1)
 
     def past(self, layer: int) -> list[Mapping[str, Tensor]]:
         """What a layer reads of the past, segment by segment, one row per base row. Segments may differ in

@@ -39,8 +39,10 @@ class LatentAttention(nn.Module):
     """Attention of a chunk over its history and itself. Latent layout: ``c`` (after its norm) and
     ``k_rope``.
 
-    A converted layer's heads had rotary keys of their own, of which the shared one is a turned and stretched
-    mean; ``turns`` keeps by how much, so that per-head keys (a memory's) meet heads as they were.
+    A converted layer's heads had rotary keys of their own, of which the shared ones are turned and stretched
+    means: a head's is the sum of the shared keys of each pair of channels, as complex numbers times its
+    ``turns``. Where ``heads_mix="keys"`` those are weights, and keys are made so. Where queries have taken
+    them over, they keep by how much, so that per-head keys (a memory's) meet heads as they were.
 
     Args:
         width, num_heads, eps: as of the dense attention; values have ``width / num_heads`` channels.
@@ -51,12 +53,15 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config = config
         self.num_heads, self.head_dim = num_heads, width // num_heads
-        self.sizes = LatentSizes(num_heads, kv_rank, config.nope_dim, config.rope_dim, self.head_dim)
+        self._keys_mix = config.heads_mix == "keys"
+        self._asked_dim = config.head_rope_dim(self.head_dim)
+        mixed = self._asked_dim if self._keys_mix else None
+        self.sizes = LatentSizes(num_heads, kv_rank, config.nope_dim, config.rope_dim, self.head_dim, mixed)
         rank = config.query_rank
         self.q_down = nn.Linear(width, rank) if rank is not None else nn.Identity()
         self.norm_q = RMSNorm(rank, eps) if rank is not None else nn.Identity()
         self.q_nope = nn.Linear(rank or width, num_heads * config.nope_dim)
-        self.q_rope = nn.Linear(rank or width, num_heads * config.rope_dim)
+        self.q_rope = nn.Linear(rank or width, num_heads * self._asked_dim)
         self.kv_down = nn.Linear(width, kv_rank)
         self.norm_kv = RMSNorm(kv_rank, eps)
         self.k_rope = nn.Linear(width, config.rope_dim)
@@ -65,9 +70,15 @@ class LatentAttention(nn.Module):
         self.o = nn.Linear(width, width)
         self._channels = config.channels(self.head_dim)  # of an original head, in the order of `_expand`
         self._keys_of_pairs = list(config.keys_of_pairs(self.head_dim))
-        ones_hp2 = torch.tensor([1.0, 0.0]).expand(num_heads, config.rope_dim // 2, 2)
-        self.register_buffer("turns", ones_hp2.clone())
+        self._first_pairs: list[int] | None = None  # of the shared key's pairs those that queries have
+        ones_hp2 = torch.tensor([1.0, 0.0]).expand(num_heads, config.rope_dim // 2, 2).clone()
         self.turns: Tensor
+        if self._keys_mix:
+            counts = self._keys_of_pairs
+            self._first_pairs = [sum(counts[:i]) for i in range(len(counts))]
+            self.turns = nn.Parameter(ones_hp2)
+        else:
+            self.register_buffer("turns", ones_hp2)
 
     def forward(self, x_rtw: Tensor, view: HistoryView, layer: int) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The output ``[r, t, w]`` and the tokens' entries, rotary keys un-rotated."""
@@ -77,7 +88,7 @@ class LatentAttention(nn.Module):
         content_rtc, key_rt1p = self.norm_kv(self.kv_down(x_rtw)), self.k_rope(x_rtw).unsqueeze(2)
         entries = {**self._stored(content_rtc, view.packs), ROPE_KEY: key_rt1p}
         own = self._numbers({CONTENT: content_rtc, ROPE_KEY: view.rotate(key_rt1p)})
-        asked = [q_nope_rthn, view.rotate(q_rope_rthp)]
+        asked = [q_nope_rthn, view.rotate(q_rope_rthp, self._first_pairs)]
         if self.config.debias:
             asked.append(self._error_queries(q_nope_rthn))
         q_rthd = torch.cat(asked, dim=-1)
@@ -89,7 +100,8 @@ class LatentAttention(nn.Module):
             read = self._absorbed(q_rthd, own, self._past(view, layer), view, layer)
         out_rtw = self.o(read)
         if view.wants_queries:
-            q_rope_rthp = self._mixed(_turned(q_rope_rthp, self._inverse(conjugate=True)))
+            if not self._keys_mix:
+                q_rope_rthp = self._mixed(_turned(q_rope_rthp, self._inverse(conjugate=True)))
             queries = self._in_head_order(torch.cat([q_nope_rthn, q_rope_rthp], dim=-1))
             queries = queries * (self._scale * queries.shape[-1] ** 0.5)  # who gets them scales by channels
             return out_rtw, entries | {QUERIES: queries}
@@ -110,16 +122,36 @@ class LatentAttention(nn.Module):
         they are as many, else those without positions first.
         """
         keys, values = self._expand(_Latents(self._content(parts), parts[ROPE_KEY]))
-        still, turning = torch.split(keys, [self.config.nope_dim, self.config.rope_dim], dim=-1)
-        turned = self._mixed(_turned(turning, self.turns))
-        return self._in_head_order(torch.cat([still, turned], dim=-1)), values
+        if not self._keys_mix:
+            still, turning = torch.split(keys, [self.config.nope_dim, self.config.rope_dim], dim=-1)
+            keys = torch.cat([still, self._mixed(_turned(turning, self.turns))], dim=-1)
+        return self._in_head_order(keys), values
 
     def _expand(self, latents: _Latents) -> tuple[Tensor, Tensor]:
         """Keys, those channels first that do not turn with position, and values, ``[b, t, h, d]``."""
-        rope_bthp = latents.rope_key.expand(-1, -1, self.num_heads, -1)
+        rope_bthp = self._of_all_heads(latents.rope_key)
         # Keys first: what is left over when they are joined is gone before there are values.
         keys = torch.cat([self._heads(self.k_up(latents.content)), rope_bthp], dim=-1)
         return keys, self._heads(self.v_up(latents.content))
+
+    def _of_all_heads(self, key_bt1p: Tensor) -> Tensor:
+        """What each head has of the shared keys, and of further channels beside them, ``[b, t, h, d]``."""
+        if not self._keys_mix:
+            return key_bt1p.expand(-1, -1, self.num_heads, -1)
+        shared, others = key_bt1p.tensor_split([self.config.rope_dim], dim=-1)
+        mixed = self._heads(shared.squeeze(2) @ self._mixture().flatten(1))
+        if others.shape[-1] == 0:
+            return mixed
+        return torch.cat([mixed, others.expand(-1, -1, self.num_heads, -1)], dim=-1)
+
+    def _mixture(self) -> Tensor:
+        """What heads make of the shared key's channels, ``[p, h, d]``."""
+        real_hp, imaginary_hp = self.turns.unbind(-1)
+        turning = torch.stack([real_hp, imaginary_hp, -imaginary_hp, real_hp], dim=-1)
+        of_pairs = torch.split(torch.unflatten(turning, -1, (2, 2)), self._keys_of_pairs, dim=1)
+        after = self._asked_dim - 2
+        placed = [nn.functional.pad(pair, (2 * i, after - 2 * i)) for i, pair in enumerate(of_pairs)]
+        return torch.cat(placed, dim=1).permute(1, 2, 0, 3).flatten(0, 1)
 
     def _stored(self, content_rtc: Tensor, packs: bool) -> dict[str, Tensor]:
         """Latents as a cache keeps them, or as numbers that were rounded so."""
@@ -167,7 +199,7 @@ class LatentAttention(nn.Module):
 
     @property
     def _scale(self) -> float:
-        return float((self.config.nope_dim + self.config.rope_dim) ** -0.5)
+        return float((self.config.nope_dim + self._asked_dim) ** -0.5)
 
     def _past(self, view: HistoryView, layer: int) -> _Past:
         """What the layer reads, as numbers; dense segments come first."""
@@ -213,6 +245,8 @@ class LatentAttention(nn.Module):
         """Attention in the latent space, see `ops.latent`."""
         latents = _joined(view, past.latents, own)
         q_nope_rthn, q_rope_rthp = q_rthd.tensor_split([self.config.nope_dim], dim=-1)
+        if self._keys_mix:
+            q_rope_rthp = self._asked_of_shared(q_rope_rthp)
         k_bias_hn = torch.unflatten(self.k_up.bias, 0, (self.num_heads, -1))
         v_up_hdc = torch.unflatten(self.v_up.weight, 0, (self.num_heads, -1))
         v_bias_hd = torch.unflatten(self.v_up.bias, 0, (self.num_heads, -1))
@@ -240,13 +274,22 @@ class LatentAttention(nn.Module):
         k_up_hnc = torch.unflatten(self.k_up.weight, 0, (self.num_heads, -1))
         return torch.einsum("rthn,hnc->rthc", q_nope_rthn, k_up_hnc)
 
+    def _asked_of_shared(self, q_rope_rthd: Tensor) -> Tensor:
+        """Queries as the shared key meets them, further channels as they are."""
+        turning, others = q_rope_rthd.tensor_split([self._asked_dim], dim=-1)
+        return torch.cat([torch.einsum("rthd,phd->rthp", turning, self._mixture()), others], dim=-1)
+
     def _heads(self, x_btw: Tensor) -> Tensor:
         return torch.unflatten(x_btw, -1, (self.num_heads, -1))
 
     def _of_head(self, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Dense keys, turned by their positions already, as queries here ask for them, and values."""
-        still, turning = (_gathered(parts["k"], channels) for channels in self._channels)
-        keys = torch.cat([still, _turned(turning, self._inverse())], dim=-1)
+        still, turning = self._channels
+        if self._keys_mix:
+            keys = _gathered(parts["k"], [*still, *dict.fromkeys(turning)])
+        else:
+            turned_back = _turned(_gathered(parts["k"], turning), self._inverse())
+            keys = torch.cat([_gathered(parts["k"], still), turned_back], dim=-1)
         if self.config.debias:
             keys = nn.functional.pad(keys, (0, num_groups(self.sizes.kv_rank)))
         return keys, parts["v"]

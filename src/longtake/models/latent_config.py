@@ -17,6 +17,8 @@ is named several times has as many shared keys."""
 
 AttentionPath = Literal["auto", "expand", "absorbed", "kept"]
 
+HeadsMix = Literal["queries", "keys"]
+
 
 class LatentConfig(Config):
     """Sizes of latent attention; the defaults are VideoMLA's for Wan2.1-T2V-1.3B.
@@ -28,7 +30,10 @@ class LatentConfig(Config):
         rope_bands: of a head's original frequencies in time, rows and columns those that the shared key
             turns with; its size (d_rope) is twice their number. VideoMLA's heads share one key of each band.
             That is little where heads attend differently: named several times, a band has several, of which
-            each head asks for a mixture of its own.
+            each head has a mixture of its own.
+        heads_mix: where. "queries": a head's query has channels for every shared key of a band, so that each
+            more makes attention wider. "keys": the head's own key is made of them when keys are expanded, and
+            attention is as wide as with one, however many there are.
         path: how attention is computed. "expand" makes one layer's keys and values, "absorbed" none; "auto"
             takes what costs fewer FLOPs. "kept" expands what a chunk reads of the past once for all its
             passes: the least time where all layers' keys and values may stay until the chunk is done (not
@@ -44,6 +49,7 @@ class LatentConfig(Config):
     query_rank: int | None = Field(default=768, ge=1)
     nope_dim: int = Field(default=96, ge=1)
     rope_bands: tuple[Bands, Bands, Bands] = (6, 5, 5)
+    heads_mix: HeadsMix = "queries"
     path: AttentionPath = "auto"
     storage: Storage = "full"
     key_storage: KeyStorage = "full"
@@ -154,6 +160,14 @@ class LatentConfig(Config):
         _, turning = self.channels(head_dim)
         first = turning[::2]
         return tuple(first.count(channel) for channel in dict.fromkeys(first))
+
+    def head_rope_dim(self, head_dim: int) -> int:
+        """Channels of a head's queries that turn with position."""
+        return self.rope_dim if self.heads_mix == "queries" else 2 * len(self.keys_of_pairs(head_dim))
+
+    def head_query_dim(self, head_dim: int) -> int:
+        """Channels of a head's queries."""
+        return self.nope_dim + self.head_rope_dim(head_dim)
 
     def still_dim(self, head_dim: int) -> int:
         """Channels of an original head that do not turn with position here."""

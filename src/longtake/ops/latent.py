@@ -51,6 +51,8 @@ class LatentSizes:
         kv_rank: of the latent.
         nope_dim, rope_dim: channels of a head's keys without and with positions.
         value_dim: channels of a head's values.
+        mixed_dim: channels with positions that each head makes of the shared key's, all of them; None where
+            heads read it as it is.
     """
 
     num_heads: int
@@ -58,6 +60,7 @@ class LatentSizes:
     nope_dim: int
     rope_dim: int
     value_dim: int
+    mixed_dim: int | None = None
 
     def cost(self, rows: int, queries: int, past: int, copies: int = 1, dense: int = 0) -> LatentCost:
         """Of one chunk.
@@ -70,15 +73,16 @@ class LatentSizes:
             dense: keys that come as they are, per head.
         """
         heads, rank = self.num_heads, self.kv_rank
-        key_dim = self.nope_dim + self.rope_dim
+        mixed = self.mixed_dim or 0
+        key_dim = self.nope_dim + (self.rope_dim if self.mixed_dim is None else mixed)
         pairs = 2 * rows * queries * heads
-        expansion = 2 * rank * heads * (self.nope_dim + self.value_dim)
+        expansion = 2 * heads * (rank * (self.nope_dim + self.value_dim) + self.rope_dim * mixed)
         read_dense = pairs * dense * (key_dim + self.value_dim)
         keys = past + queries
         attended = pairs * (keys + dense) * 2 * max(key_dim, self.value_dim)  # see `ops.attention`
         kept = expansion * rows * queries + attended
         expand = kept + expansion * rows * past / copies
-        absorbed = pairs * rank * (self.nope_dim + self.value_dim)
+        absorbed = pairs * (rank * (self.nope_dim + self.value_dim) + self.rope_dim * mixed)
         absorbed += pairs * keys * (2 * rank + self.rope_dim)
         return LatentCost(expand, absorbed + read_dense, kept)
 

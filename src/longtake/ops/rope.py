@@ -43,6 +43,16 @@ class Phases(NamedTuple):
         """The same phases on another device."""
         return Phases(self.cos.to(device, non_blocking=True), self.sin.to(device, non_blocking=True))
 
+    def of_pairs(self, pairs: Sequence[int]) -> Phases:
+        """Of some of the pairs; views of these where they stand equally far apart."""
+        step = pairs[1] - pairs[0] if len(pairs) > 1 else 1
+        if step > 0 and list(pairs) == list(range(pairs[0], pairs[-1] + 1, step)):
+            apart = slice(pairs[0], pairs[-1] + 1, step)
+            return Phases(self.cos[..., apart], self.sin[..., apart])
+        # Not an index, which would first have to reach the device.
+        cos, sin = (torch.cat([part[..., i : i + 1] for i in pairs], dim=-1) for part in self)
+        return Phases(cos, sin)
+
 
 def wan_rope(head_dim: int, theta: float = 10_000.0) -> RopeSpec:
     """Wan2.1's split of a head: ``head_dim - 4 * (head_dim // 6)`` channels for time, ``2 * (head_dim //

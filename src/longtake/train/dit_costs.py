@@ -193,7 +193,14 @@ class DiTCosts:
         if latent is None:
             return ()
         return tuple(
-            LatentSizes(config.num_heads, rank, latent.nope_dim, latent.rope_dim, config.head_dim)
+            LatentSizes(
+                config.num_heads,
+                rank,
+                latent.nope_dim,
+                latent.rope_dim,
+                config.head_dim,
+                latent.head_rope_dim(config.head_dim) if latent.heads_mix == "keys" else None,
+            )
             for rank in latent.ranks(config.num_layers)
         )
 
@@ -222,7 +229,7 @@ class DiTCosts:
         assert config.latent is not None
         if config.memory is not None and config.memory.read_as_latent is not None:
             past, memory = past + round(memory), 0.0
-        asked = config.num_heads * (sizes[0].nope_dim + sizes[0].rope_dim)
+        asked = config.num_heads * config.latent.head_query_dim(config.head_dim)
         rank = config.latent.query_rank
         queries = width * asked if rank is None else (width + asked) * rank
         linear, attention = 0.0, 0.0
@@ -268,7 +275,7 @@ class DiTCosts:
         config, sizes = self.config, self._latent
         if config.latent is None:
             return 3 * config.width**2
-        asked = config.num_heads * (config.latent.nope_dim + config.latent.rope_dim)
+        asked = config.num_heads * config.latent.head_query_dim(config.head_dim)
         rank = sum(layer.kv_rank for layer in sizes) / len(sizes)
         return config.width * ((config.latent.query_rank or asked) + rank + config.latent.rope_dim)
 
@@ -283,7 +290,7 @@ class DiTCosts:
         # Turned queries, output of attention and of its projection; keys and values read.
         asked = values = width
         if config.latent is not None:
-            asked = config.num_heads * (config.latent.nope_dim + config.latent.rope_dim)
+            asked = config.num_heads * config.latent.head_query_dim(config.head_dim)
             normed = self._entry_numbers[0] + (config.latent.query_rank or 0)
             norms = normed * (self._norm_bytes + size)
         attention = width * 2 * size + norms + size * (asked + read * (asked + values))
