@@ -19,7 +19,7 @@ from longtake.stream.bundle import load_model
 from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.loop import run
 from longtake.train.run import train
-from longtake.train.start import start_of
+from longtake.train.start import _conversion, start_of
 from toy_training import CAPTIONS, DIT, HISTORY, loop, networks, recipe
 
 LATENT = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))
@@ -129,3 +129,16 @@ def test_a_model_is_converted_mended_and_exported(tmp_path: Path) -> None:
         train(mended.replace(parent=str(converted)), tmp_path / "other", stages=("latents", "layers"))
     with pytest.raises(ConfigError, match="parent=None"):
         train(mended.replace(parent=None), tmp_path / "none", stages=("layers",))
+
+
+@pytest.mark.parametrize(
+    "latent",
+    [
+        LATENT,
+        LATENT.replace(rope_bands=((0, 0), (0, 0), (1, 1)), heads_mix="keys", path="kept"),
+        LATENT.replace(rope_bands=((0, 0), (0, 0), (1, 1)), storage="int4", key_storage="fp8", debias=True),
+        LATENT.replace(query_rank=5, kv_rank=(7, 12), storage="fp8"),
+    ],
+)
+def test_a_start_is_converted_to_what_the_recipe_asks_for(latent: LatentConfig) -> None:
+    assert _conversion(latent, 3).latent(DIT) == latent

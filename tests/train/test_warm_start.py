@@ -1,6 +1,7 @@
 """Weights of a model's former size in its present one."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from longtake.stream.bundle import load_networks, save_model
 from longtake.train.recipe import Recipe
 from longtake.train.run import _Networks
 from longtake.train.walk import Walk
-from longtake.train.warm_start import of_readers, warm_start
+from longtake.train.warm_start import warm_start
 from toy_training import DIT, MEMORY, REMEMBERING, TEXT, VAE, recipe
 
 
@@ -136,6 +137,43 @@ def test_fewer_layers_go_on_reading_a_memory_as_they_did(tmp_path: Path) -> None
         for layer, reading in zip(layers, after.read(state), strict=True):
             for name, tensor in reading.items():
                 torch.testing.assert_close(tensor, readings[layer][name])
+    one = tmp_path / "one.safetensors"
+    first = _Networks(read_by(1).replace(warm_start=str(path)), tmp_path / "run")
+    save_model(one, read_by(1).card, {**networks, "dit": first.text_to_latents.dit})
+    more = _Networks(both.replace(warm_start=str(one)), tmp_path / "run").text_to_latents.dit.memory
+    assert more is not None
+    fresh, kept = more.read(state)
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor, readings[1][name])
+        assert not torch.allclose(fresh[name], readings[0][name])
+
+
+@torch.no_grad()
+def test_a_memory_of_more_frames_and_layers_begins_as_the_one_that_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = recipe()
+
+    def with_memory(**changes: Any) -> Recipe:
+        history = REMEMBERING.replace(policy=EvolvingConfig(), positions=Relative(f_max=9))
+        memory = MEMORY.replace(**changes)
+        return made.replace(dit_model=DIT.replace(memory=memory), stream=made.stream.replace(history=history))
+
+    small, path = with_memory(), tmp_path / "small.safetensors"
+    networks = {"vae": TinyVAE(VAE), "text": TinyTextEncoder(TEXT), "dit": DiT(small.dit_model)}
+    save_model(path, small.card, networks)
+    before = load_networks(path)[1]["dit"]
+    large = with_memory(num_frames=3, num_layers=MEMORY.num_layers + 1).replace(warm_start=str(path))
+    after = _Networks(large, tmp_path / "run").text_to_latents.dit
+    assert isinstance(before, DiT)
+    assert before.memory is not None
+    assert after.memory is not None
+    tokens = MEMORY.num_tokens
+    old, new = before.memory.initial(2), after.memory.initial(2)
+    assert new.shape[1] == 3 * tokens // MEMORY.num_frames
+    torch.testing.assert_close(new[:, :tokens], old)
+    heads = (DIT.num_heads, DIT.width // DIT.num_heads)
+    keys, values = torch.randn(2, 2, 5, *heads)
+    torch.testing.assert_close(after.memory(new, keys, values)[:, :tokens], before.memory(old, keys, values))
 
 
 @torch.no_grad()
@@ -145,10 +183,3 @@ def test_a_network_without_a_memory_leaves_it_behind() -> None:
     warm_start(new, old.state_dict(), "old")
     given = old.state_dict()
     assert all(torch.equal(tensor, given[name]) for name, tensor in new.state_dict().items())
-
-
-def test_other_readers_are_no_part_of_the_old_ones() -> None:
-    weights = {"memory.to_k.weight": torch.randn(4, 2), "blocks.0.ffn.0.weight": torch.randn(2, 2)}
-    assert of_readers(weights, (0, 1), (0, 2)) is weights
-    assert of_readers(weights, (0, 1), (1, 0)) is weights
-    assert of_readers(weights, (0, 1), ()) is weights

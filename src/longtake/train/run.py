@@ -14,6 +14,7 @@ from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
 from longtake.models.dit import DiT
+from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_networks, save_model
@@ -47,7 +48,7 @@ from longtake.train.start import start_of
 from longtake.train.steps import Steps
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
-from longtake.train.warm_start import of_readers, warm_start
+from longtake.train.warm_start import MemoryShape, resized_memory, warm_start
 from longtake.world import VERSION
 
 StageSettings = (
@@ -136,10 +137,17 @@ class _Networks:
             warm_start(self.text_to_latents.text, start["text"].state_dict(), str(path))
             weights: Mapping[str, Tensor] = start["dit"].state_dict()
             self.remembers = any(name.startswith("memory.") for name in weights)
-            readers = [_readers(model.stream.history) for model in (card, recipe)]
-            if card.dit.memory is not None and card.dit.memory.num_readings == len(readers[0]):
-                weights = of_readers(weights, *readers)
-            warm_start(self.text_to_latents.dit, weights, str(path))
+            dit = self.text_to_latents.dit
+            old, new = (
+                _memory_shape(model, history)
+                for model, history in (
+                    (card.dit, card.stream.history),
+                    (recipe.dit_model, recipe.stream.history),
+                )
+            )
+            if old is not None and new is not None:
+                weights = resized_memory(weights, dit.state_dict(), old, new)
+            warm_start(dit, weights, str(path))
         self._warm = path is not None
         self.knows = self._warm  # whether text encoder and DiT, at `before`, were trained at all
         for stage in ("vae", "decoder"):
@@ -313,10 +321,13 @@ def _train_memory_alone(
     return figures
 
 
-def _readers(history: HistoryConfig) -> tuple[int, ...]:
-    """The layers that a memory's readings are for, where they are named."""
+def _memory_shape(dit: DiTConfig, history: HistoryConfig) -> MemoryShape | None:
+    """Of the memory that a network has and its streams use."""
     policy = history.policy
-    return policy.read_layers if isinstance(policy, EvolvingConfig) and policy.read_layers != "all" else ()
+    if dit.memory is None or not isinstance(policy, EvolvingConfig):
+        return None
+    readers = tuple(range(dit.num_layers)) if policy.read_layers == "all" else policy.read_layers
+    return MemoryShape(dit.memory, readers)
 
 
 def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:

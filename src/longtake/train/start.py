@@ -53,6 +53,7 @@ def _conversion(latent: LatentConfig, seed: int) -> ConvertConfig:
         query_rank=latent.query_rank,
         nope_dim=latent.nope_dim,
         rope_bands=latent.rope_bands,
+        heads_mix=latent.heads_mix,
         path=latent.path,
         storage=latent.storage,
         key_storage=latent.key_storage,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtake.io.checkpoints import load_into
+from longtake.models.memory import MemoryEncoderConfig
 
 _MEMORY = "memory."
 _ADDED = (
@@ -66,27 +68,58 @@ def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) ->
     load_into(module, adapted, source)
 
 
-def of_readers(
-    weights: Mapping[str, Tensor], given: Sequence[int], wanted: Sequence[int]
-) -> Mapping[str, Tensor]:
-    """A DiT's weights, with those of its memory's readings that fewer layers keep.
+@dataclass(frozen=True)
+class MemoryShape:
+    """What a memory's weights are for.
 
     Args:
-        weights: of a DiT whose memory has a reading for each layer that reads it, or any other.
-        given: these layers.
-        wanted: those that go on reading; layers that never did leave the weights as they are.
+        config: of its encoder.
+        readers: layers of the DiT that read it, in ascending order.
     """
-    if not wanted or len(wanted) == len(given) or not set(wanted) <= set(given):
-        return weights
-    places = [list(given).index(layer) for layer in wanted]
-    return {
-        name: torch.cat([tensor.chunk(len(given))[place] for place in places])
-        if name.startswith(_READINGS)
-        else tensor
-        for name, tensor in weights.items()
-    }
+
+    config: MemoryEncoderConfig
+    readers: tuple[int, ...]
+
+    @property
+    def own_readings(self) -> bool:
+        """Whether each reader has keys and values of its own."""
+        return self.config.num_readings == len(self.readers)
 
 
+def resized_memory(
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], given: MemoryShape, wanted: MemoryShape
+) -> Mapping[str, Tensor]:
+    """A DiT's weights with its memory as another one that has fewer or more readers, or more frames or layers
+    of its encoder.
+
+    Readings of layers that go on reading, and the first frames' initial state, stay as they are; further ones
+    start as `own` has them, and further layers of the encoder as layers that add nothing.
+
+    Args:
+        weights: of the former DiT. ``own``: of the new one, as it was made.
+        given, wanted: the former and the new memory.
+    """
+    old, new = given.config, wanted.config
+    adapted = dict(weights)
+    if given.own_readings and wanted.own_readings and given.readers != wanted.readers:
+        for name in adapted.keys() & own.keys():
+            if name.startswith(_READINGS):
+                kept = dict(zip(given.readers, weights[name].chunk(len(given.readers)), strict=True))
+                fresh = zip(wanted.readers, own[name].chunk(len(wanted.readers)), strict=True)
+                adapted[name] = torch.cat([kept.get(layer, tensor) for layer, tensor in fresh])
+    if (new.rows, new.columns) == (old.rows, old.columns) and new.num_frames > old.num_frames:
+        first = weights[_INITIAL]
+        adapted[_INITIAL] = torch.cat([first, own[_INITIAL][:, first.shape[1] :]], dim=1)
+    for layer in range(old.num_layers, new.num_layers):
+        prefix = f"{_MEMORY}layers.{layer}."
+        for name, tensor in own.items():
+            if name.startswith(prefix):
+                adds = name.removeprefix(prefix).startswith(("o.", "ffn.2."))
+                adapted[name] = torch.zeros_like(tensor) if adds else tensor
+    return adapted
+
+
+_INITIAL = f"{_MEMORY}query_init"
 _READINGS = ("memory.to_k.", "memory.to_v.", "memory.to_c.", "memory.to_k_rope.")
 _BLOCK = re.compile(r"blocks\.(\d+)\.(.+)")
 _OUTPUTS = ("self_attn.o.", "cross_attn.o.", "ffn.2.")
