@@ -13,14 +13,17 @@ from longtake.convert.settings import ConvertConfig
 from longtake.errors import ConfigError
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
+from longtake.models.dit import DiT
 from longtake.models.latent_config import LatentConfig
 from longtake.models.memory import MemoryEncoderConfig
-from longtake.stream.bundle import load_model
+from longtake.models.tiny_text import TinyTextEncoder
+from longtake.models.tiny_vae import TinyVAE
+from longtake.stream.bundle import load_model, save_model
 from longtake.train.layers import LayersConfig, LayersTask
 from longtake.train.loop import run
 from longtake.train.run import train
 from longtake.train.start import _conversion, start_of
-from toy_training import CAPTIONS, DIT, HISTORY, loop, networks, recipe
+from toy_training import CAPTIONS, DIT, HISTORY, TEXT, VAE, loop, networks, recipe
 
 LATENT = LatentConfig(kv_rank=12, query_rank=None, nope_dim=6, rope_bands=(1, 1, 1))
 CONFIG = LayersConfig(
@@ -142,3 +145,27 @@ def test_a_model_is_converted_mended_and_exported(tmp_path: Path) -> None:
 )
 def test_a_start_is_converted_to_what_the_recipe_asks_for(latent: LatentConfig) -> None:
     assert _conversion(latent, 3).latent(DIT) == latent
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"heads_mix": "keys"}, 'heads_mix="queries"'),
+        ({"kv_rank": (12, 11)}, r"kv_rank=\[12, 12\]"),
+        ({"rope_bands": ((1,), 1, 1)}, r"rope_bands=\[\[0\], \[0\], \[0\]\]"),
+    ],
+)
+def test_latents_that_mean_something_else_are_no_start(
+    changes: dict[str, object], named: str, tmp_path: Path
+) -> None:
+    """Though most of these have the same sizes."""
+    made = recipe().replace(
+        dit_model=DIT.replace(latent=LATENT), warm_start=str(tmp_path / "made.safetensors")
+    )
+    torch.manual_seed(0)
+    parts = {"vae": TinyVAE(VAE), "text": TinyTextEncoder(TEXT), "dit": DiT(made.dit_model)}
+    save_model(tmp_path / "made.safetensors", made.card, parts)
+    assert start_of(made, tmp_path, print) is not None
+    other = made.replace(dit_model=DIT.replace(latent=LATENT.replace(**changes)))
+    with pytest.raises(ConfigError, match=named):
+        start_of(other, tmp_path, print)

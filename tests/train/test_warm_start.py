@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from longtake.errors import CheckpointError
+from longtake.errors import CheckpointError, ConfigError
 from longtake.history.base import HistoryConfig
 from longtake.history.evolving import EvolvingConfig
 from longtake.history.positions import Relative
@@ -17,7 +17,7 @@ from longtake.stream.bundle import load_networks, save_model
 from longtake.train.recipe import Recipe
 from longtake.train.run import _Networks
 from longtake.train.walk import Walk
-from longtake.train.warm_start import warm_start
+from longtake.train.warm_start import MemoryUse, resized_memory, warm_start
 from toy_training import DIT, MEMORY, REMEMBERING, TEXT, VAE, recipe
 
 
@@ -183,3 +183,51 @@ def test_a_network_without_a_memory_leaves_it_behind() -> None:
     warm_start(new, old.state_dict(), "old")
     given = old.state_dict()
     assert all(torch.equal(tensor, given[name]) for name, tensor in new.state_dict().items())
+
+
+def readings(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers).repeat_interleave(2)[:, None].expand(-1, 3).clone()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ((2, (0, 1)), (2, (1,)), [2.0]),
+        ((2, (0, 1)), (2, (0, 1)), [1.0, 2.0]),
+        ((2, (1,)), (2, (0, 1)), [-1.0, 1.0]),
+        ((2, (1,)), (4, (3,)), [1.0]),  # the same block, which stands elsewhere now
+        ((2, (0, 1)), (4, (0, 1, 2, 3)), [1.0, -2.0, -3.0, 2.0]),
+        ((2, ()), (2, (0, 1)), [1.0, 1.0]),  # shared before
+    ],
+)
+def test_readings_go_where_their_layers_are(old: Any, new: Any, expected: list[float]) -> None:
+    """Those that are made anew have negative numbers."""
+    (old_layers, old_readers), (new_layers, new_readers) = old, new
+    num = max(1, len(old_readers))
+    uses = [
+        MemoryUse(MEMORY.replace(num_readings=max(1, len(readers))), layers, readers)
+        for layers, readers in ((old_layers, old_readers), (new_layers, new_readers))
+    ]
+    weights = {"memory.to_k.weight": readings(*range(1, num + 1)), "head.bias": torch.zeros(2)}
+    own = {"memory.to_k.weight": readings(*range(-1, -len(new_readers) - 1, -1))}
+    made = resized_memory(weights, own, *uses)
+    assert torch.equal(made["memory.to_k.weight"], readings(*expected))
+    assert made["head.bias"] is weights["head.bias"]
+    there = {name: tensor.to("meta") for name, tensor in own.items()}
+    assert resized_memory(weights, there, *uses)["memory.to_k.weight"].shape == readings(*expected).shape
+
+
+def test_one_reading_that_another_layer_reads_stays() -> None:
+    """It was shared, or its layer has changed; either way it is better than nothing."""
+    weights = {"memory.to_k.weight": readings(5)}
+    uses = [MemoryUse(MEMORY, 2, (layer,)) for layer in (0, 1)]
+    made = resized_memory(weights, {"memory.to_k.weight": readings(-1)}, *uses)
+    assert torch.equal(made["memory.to_k.weight"], readings(5))
+
+
+def test_a_memory_on_another_grid_is_refused() -> None:
+    old, other = (MemoryUse(MEMORY.replace(num_frames=2 // rows, rows=rows), 2) for rows in (1, 2))
+    with pytest.raises(
+        ConfigError, match="2 frames of 1 x 1 tokens does not become one of 1 frames of 2 x 1"
+    ):
+        resized_memory({}, {}, old, other)

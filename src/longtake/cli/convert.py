@@ -49,7 +49,7 @@ class Arguments(Config):
         rope_keys: keys that heads share of each of these bands, each head a mixture of its own; 1 in
             VideoMLA. "auto" chooses them with the ranks for a budget.
         heads_mix: where heads mix several keys of a band: in their queries, which are wider for it, or in
-            keys as they are expanded (where there are several, if left out).
+            keys as they are expanded. Left out: keys, where there are several.
         path: how attention is computed: with one layer's keys and values made of latents (expand), none
             (absorbed), those of the past made once for all passes of a chunk (kept: the least time, and all
             layers' until the chunk is done), or by the first two's FLOPs (auto, where it is left out). Of a

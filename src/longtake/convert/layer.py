@@ -1,7 +1,8 @@
 """One layer's conversion: dense self-attention to latent attention.
 
 Keys lose their positions but for the selected channels, which all heads then share; what remains of keys, and
-values, is factorised together; queries turn and stretch with what became of the keys.
+values, is factorised together; queries turn and stretch with what became of the keys, unless heads make their
+own keys of the shared ones again.
 
 Legend: n samples, w width, h heads, d head dim, p pairs of channels that turn with position, c latent.
 """
@@ -184,7 +185,7 @@ class _Parts:
 
     @property
     def query(self) -> Target:
-        """Queries, as they meet the shared key."""
+        """Queries, as they meet the keys that heads share or make of these."""
         return Target(self._query, self._exact_queries, torch.eye(len(self._query.bias)).double())
 
     @property

@@ -43,7 +43,7 @@ class ConvertConfig(Config):
         rope_bands: see `LatentConfig`; None is the share of each axis's highest bands that VideoMLA keeps.
         rope_keys: that heads share of each of these bands; 1 in VideoMLA. "auto" chooses them with the ranks
             for a budget, by what either costs the flow (see `shared_keys`).
-        heads_mix: see `LatentConfig`; None has keys mixed where there are several.
+        heads_mix: see `LatentConfig`; None is "keys" where a band has several, else "queries".
         path, storage, key_storage, debias: see `LatentConfig`.
         num_tokens: of every layer; three quarters of the streams' are fitted to, the others' are what errors
             are measured with. 0 for none.
@@ -153,12 +153,6 @@ class ConvertConfig(Config):
             )
         return replace(plan, latent=plan.latent.replace(kv_rank=ranks))
 
-    @property
-    def _heads_mix(self) -> HeadsMix:
-        if self.heads_mix is None:
-            return "queries" if self.rope_keys == 1 else "keys"
-        return self.heads_mix
-
     def latent(self, dense: DiTConfig) -> LatentConfig:
         """Of the attention that replaces a network's own; ranks that are to be chosen have their default."""
         bands: tuple[Bands, Bands, Bands] = (
@@ -172,13 +166,14 @@ class ConvertConfig(Config):
             query_rank=self.query_rank,
             nope_dim=1 if self.nope_dim is None else self.nope_dim,
             rope_bands=bands,
-            heads_mix=self._heads_mix,
             path=self.path,
             storage=self.storage,
             key_storage=self.key_storage,
             debias=self.debias,
         )
         made.selected(dense.head_dim)  # refuses bands that a head does not have
+        several = max(made.keys_of_pairs(dense.head_dim)) > 1
+        made = made.replace(heads_mix=self.heads_mix or ("keys" if several else "queries"))
         if self.nope_dim is not None:
             return made
         still = made.still_dim(dense.head_dim)

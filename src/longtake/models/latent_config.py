@@ -32,8 +32,9 @@ class LatentConfig(Config):
             That is little where heads attend differently: named several times, a band has several, of which
             each head has a mixture of its own.
         heads_mix: where. "queries": a head's query has channels for every shared key of a band, so that each
-            more makes attention wider. "keys": the head's own key is made of them when keys are expanded, and
-            attention is as wide as with one, however many there are.
+            more makes attention wider; one key, as VideoMLA has, needs nothing else. "keys": the head's own
+            key is made of them when keys are expanded, and attention is as wide as with one, however many
+            there are.
         path: how attention is computed. "expand" makes one layer's keys and values, "absorbed" none; "auto"
             takes what costs fewer FLOPs. "kept" expands what a chunk reads of the past once for all its
             passes: the least time where all layers' keys and values may stay until the chunk is done (not

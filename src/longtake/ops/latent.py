@@ -51,8 +51,8 @@ class LatentSizes:
         kv_rank: of the latent.
         nope_dim, rope_dim: channels of a head's keys without and with positions.
         value_dim: channels of a head's values.
-        mixed_dim: channels with positions that each head makes of the shared key's, all of them; None where
-            heads read it as it is.
+        mixed_dim: channels of the rotary key that each head mixes for itself of all that are shared; None
+            where heads read the shared key as it is.
     """
 
     num_heads: int
@@ -61,6 +61,12 @@ class LatentSizes:
     rope_dim: int
     value_dim: int
     mixed_dim: int | None = None
+
+    @property
+    def expansion(self) -> int:
+        """FLOPs of making one token's keys and values."""
+        mixed = self.rope_dim * (self.mixed_dim or 0)
+        return 2 * self.num_heads * (self.kv_rank * (self.nope_dim + self.value_dim) + mixed)
 
     def cost(self, rows: int, queries: int, past: int, copies: int = 1, dense: int = 0) -> LatentCost:
         """Of one chunk.
@@ -73,16 +79,15 @@ class LatentSizes:
             dense: keys that come as they are, per head.
         """
         heads, rank = self.num_heads, self.kv_rank
-        mixed = self.mixed_dim or 0
-        key_dim = self.nope_dim + (self.rope_dim if self.mixed_dim is None else mixed)
+        key_dim = self.nope_dim + (self.rope_dim if self.mixed_dim is None else self.mixed_dim)
         pairs = 2 * rows * queries * heads
-        expansion = 2 * heads * (rank * (self.nope_dim + self.value_dim) + self.rope_dim * mixed)
+        expansion = self.expansion
         read_dense = pairs * dense * (key_dim + self.value_dim)
         keys = past + queries
         attended = pairs * (keys + dense) * 2 * max(key_dim, self.value_dim)  # see `ops.attention`
         kept = expansion * rows * queries + attended
         expand = kept + expansion * rows * past / copies
-        absorbed = pairs * (rank * (self.nope_dim + self.value_dim) + self.rope_dim * mixed)
+        absorbed = expansion * rows * queries
         absorbed += pairs * keys * (2 * rank + self.rope_dim)
         return LatentCost(expand, absorbed + read_dense, kept)
 

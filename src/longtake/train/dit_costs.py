@@ -84,10 +84,7 @@ class DiTCosts:
         layer = tokens * (4 * width**2 + 4 * memory.ffn_ratio * width**2 + 4 * attended * width)
         source = 0.0
         if self._latent:
-            sizes = self._latent[policy.source_layer]
-            source = (
-                2.0 * rows * evicted * sizes.kv_rank * sizes.num_heads * (sizes.nope_dim + sizes.value_dim)
-            )
+            source = float(rows * evicted * self._latent[policy.source_layer].expansion)
         return read, source + memory.num_layers * layer + 8 * tokens * width**2
 
     def _evicted_frames(self, chunk: int, before: bool = False) -> int:

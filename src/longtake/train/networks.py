@@ -33,8 +33,10 @@ def dit_optimizer(
     momentum: float = 0.95,
     only_adamw: AdamWConfig | None = None,
 ) -> MuonAdamW:
-    """Muon on the matrices between embeddings and output layer, AdamW on these, or AdamW on everything."""
-    names = ("embedding", "position", "modulation", "head.head", "probe")
+    """Muon on the matrices between embeddings and output layer, AdamW on these and on heads' mixtures, which
+    are many small maps; or AdamW on everything.
+    """
+    names = ("embedding", "position", "modulation", "head.head", "probe", "turns")
     return build_optimizer(
         networks, muon_learning_rate, adamw_learning_rate, precision, names, momentum, only_adamw
     )

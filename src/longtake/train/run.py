@@ -48,7 +48,7 @@ from longtake.train.start import start_of
 from longtake.train.steps import Steps
 from longtake.train.trajectory import TrajectoryConfig, TrajectoryTask
 from longtake.train.vae import VAETask, VAETrainingConfig, clip_scenes, measure_latents, render_clips
-from longtake.train.warm_start import MemoryShape, resized_memory, warm_start
+from longtake.train.warm_start import MemoryUse, resized_memory, warm_start
 from longtake.world import VERSION
 
 StageSettings = (
@@ -139,7 +139,7 @@ class _Networks:
             self.remembers = any(name.startswith("memory.") for name in weights)
             dit = self.text_to_latents.dit
             old, new = (
-                _memory_shape(model, history)
+                _memory_use(model, history)
                 for model, history in (
                     (card.dit, card.stream.history),
                     (recipe.dit_model, recipe.stream.history),
@@ -321,13 +321,15 @@ def _train_memory_alone(
     return figures
 
 
-def _memory_shape(dit: DiTConfig, history: HistoryConfig) -> MemoryShape | None:
-    """Of the memory that a network has and its streams use."""
+def _memory_use(dit: DiTConfig, history: HistoryConfig) -> MemoryUse | None:
+    """Of the memory that a network has."""
     policy = history.policy
-    if dit.memory is None or not isinstance(policy, EvolvingConfig):
+    if dit.memory is None:
         return None
-    readers = tuple(range(dit.num_layers)) if policy.read_layers == "all" else policy.read_layers
-    return MemoryShape(dit.memory, readers)
+    if not isinstance(policy, EvolvingConfig):
+        return MemoryUse(dit.memory, dit.num_layers)
+    every = tuple(range(dit.num_layers))
+    return MemoryUse(dit.memory, dit.num_layers, every if policy.read_layers == "all" else policy.read_layers)
 
 
 def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from longtake.errors import ConfigError
 from longtake.io.checkpoints import load_into
 from longtake.models.memory import MemoryEncoderConfig
 
@@ -69,54 +70,80 @@ def warm_start(module: nn.Module, weights: Mapping[str, Tensor], source: str) ->
 
 
 @dataclass(frozen=True)
-class MemoryShape:
+class MemoryUse:
     """What a memory's weights are for.
 
     Args:
         config: of its encoder.
-        readers: layers of the DiT that read it, in ascending order.
+        num_layers: of the DiT. ``readers``: of these those that read it, in ascending order; empty where none
+            is known.
     """
 
     config: MemoryEncoderConfig
-    readers: tuple[int, ...]
-
-    @property
-    def own_readings(self) -> bool:
-        """Whether each reader has keys and values of its own."""
-        return self.config.num_readings == len(self.readers)
+    num_layers: int
+    readers: tuple[int, ...] = ()
 
 
 def resized_memory(
-    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], given: MemoryShape, wanted: MemoryShape
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], old: MemoryUse, new: MemoryUse
 ) -> Mapping[str, Tensor]:
-    """A DiT's weights with its memory as another one that has fewer or more readers, or more frames or layers
-    of its encoder.
+    """A DiT's weights with its memory as another one's that has other readers, or more frames or layers of
+    its encoder.
 
-    Readings of layers that go on reading, and the first frames' initial state, stay as they are; further ones
-    start as `own` has them, and further layers of the encoder as layers that add nothing.
+    Readings of layers that go on reading, and the first frames' initial state, stay as they are; a reading
+    that all layers shared becomes that of each. Further ones start as `own` has them, and further layers of
+    the encoder as layers that add nothing. Layers of a deeper DiT are found where `warm_start` puts them.
 
     Args:
         weights: of the former DiT. ``own``: of the new one, as it was made.
-        given, wanted: the former and the new memory.
+        old, new: the former and the new memory.
+
+    Raises:
+        ConfigError: a memory of another grid, or of fewer frames.
     """
-    old, new = given.config, wanted.config
+    before, after = old.config, new.config
+    if (before.rows, before.columns) != (after.rows, after.columns) or before.num_frames > after.num_frames:
+        sizes = [f"{size.num_frames} frames of {size.rows} x {size.columns}" for size in (before, after)]
+        raise ConfigError(
+            f"a memory of {sizes[0]} tokens does not become one of {sizes[1]}",
+            "give memory.rows and memory.columns as they were, and as many num_frames or more",
+        )
     adapted = dict(weights)
-    if given.own_readings and wanted.own_readings and given.readers != wanted.readers:
-        for name in adapted.keys() & own.keys():
+    kept = _kept_readings(old, new)
+    if kept is not None:
+        for name in weights.keys() & own.keys():
             if name.startswith(_READINGS):
-                kept = dict(zip(given.readers, weights[name].chunk(len(given.readers)), strict=True))
-                fresh = zip(wanted.readers, own[name].chunk(len(wanted.readers)), strict=True)
-                adapted[name] = torch.cat([kept.get(layer, tensor) for layer, tensor in fresh])
-    if (new.rows, new.columns) == (old.rows, old.columns) and new.num_frames > old.num_frames:
-        first = weights[_INITIAL]
+                there = own[name].device
+                given = weights[name].to(there).chunk(before.num_readings)
+                fresh = own[name].chunk(after.num_readings)
+                chosen = (tensor if i is None else given[i] for i, tensor in zip(kept, fresh, strict=True))
+                adapted[name] = torch.cat(list(chosen))
+    if after.num_frames > before.num_frames:
+        first = weights[_INITIAL].to(own[_INITIAL].device)
         adapted[_INITIAL] = torch.cat([first, own[_INITIAL][:, first.shape[1] :]], dim=1)
-    for layer in range(old.num_layers, new.num_layers):
+    for layer in range(before.num_layers, after.num_layers):
         prefix = f"{_MEMORY}layers.{layer}."
         for name, tensor in own.items():
             if name.startswith(prefix):
                 adds = name.removeprefix(prefix).startswith(("o.", "ffn.2."))
                 adapted[name] = torch.zeros_like(tensor) if adds else tensor
     return adapted
+
+
+def _kept_readings(old: MemoryUse, new: MemoryUse) -> list[int | None] | None:
+    """Of every new reading which of the old it is, None for one that starts anew; None where all readings
+    stay as they are, or nothing is known of them.
+    """
+    before, after = old.config.num_readings, new.config.num_readings
+    if after == 1 and before == 1:
+        return None
+    if before == 1 and len(old.readers) != 1:
+        return [0] * after
+    if before != len(old.readers) or after != len(new.readers):
+        return None
+    moved = _spread(old.num_layers, new.num_layers) if new.num_layers > old.num_layers else None
+    places = [layer if moved is None else moved[layer] for layer in old.readers]
+    return [places.index(layer) if layer in places else None for layer in new.readers]
 
 
 _INITIAL = f"{_MEMORY}query_init"
