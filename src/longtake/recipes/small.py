@@ -255,22 +255,23 @@ def tiny_latent() -> Recipe:
         warm_start="tiny",
         stages=("latents", "memory", "export"),
         dit_model=dense.dit_model.replace(
-            # About what `longtake convert tiny --budget-bytes 1152 --rope-keys auto` chooses.
+            # What `longtake convert tiny --budget-bytes 1664 --rank-multiple 8 --rope-keys auto` chooses.
             latent=LatentConfig(
-                kv_rank=(64, 8, 72, 24, 48, 72, 24, 136),
+                kv_rank=(80, 16, 96, 48, 64, 96, 56, 184),
                 query_rank=None,
                 nope_dim=24,
-                rope_bands=((0, 0, 1, 1), (0, 0), (0, 0)),
+                rope_bands=((0, 0, 0, 1, 1, 1), (0, 0, 0), (0, 0, 0)),
+                heads_mix="keys",
                 path="kept",
             )
         ),
         layers=LayersConfig(num_clips=4, num_first_clips=8, fresh_clips=True),
         memory=dense.memory.replace(
             # What the parent predicts has no noise of its own, so that small batches do.
-            loop=dense.memory.loop.replace(num_steps=1200, num_warmup_steps=10, ema_decay=0.98),
+            loop=dense.memory.loop.replace(num_steps=400, num_warmup_steps=10, ema_decay=0.98),
             num_clips=1,
             num_first_clips=4,
-            num_recall_clips=2,
+            num_recall_clips=3,
             recall_absence=(1.0, 3.0),
             num_long_clips=1,
             learns_from="parent",
