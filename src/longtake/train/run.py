@@ -10,11 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from longtake.errors import TrainingError
-from longtake.history.base import HistoryConfig
-from longtake.history.evolving import EvolvingConfig
 from longtake.io.checkpoints import load_into, read_safetensors, weights_digest, write_safetensors
 from longtake.models.dit import DiT
-from longtake.models.dit_config import DiTConfig
 from longtake.models.tiny_text import TinyTextEncoder
 from longtake.models.tiny_vae import TinyVAE
 from longtake.stream.bundle import load_networks, save_model
@@ -138,13 +135,8 @@ class _Networks:
             weights: Mapping[str, Tensor] = start["dit"].state_dict()
             self.remembers = any(name.startswith("memory.") for name in weights)
             dit = self.text_to_latents.dit
-            old, new = (
-                _memory_use(model, history)
-                for model, history in (
-                    (card.dit, card.stream.history),
-                    (recipe.dit_model, recipe.stream.history),
-                )
-            )
+            old = MemoryUse.of(card.dit, card.stream.history.policy)
+            new = MemoryUse.of(recipe.dit_model, recipe.stream.history.policy)
             if old is not None and new is not None:
                 weights = resized_memory(weights, dit.state_dict(), old, new)
             warm_start(dit, weights, str(path))
@@ -319,17 +311,6 @@ def _train_memory_alone(
     figures = networks.run("evictions", task, config, module, seconds)
     module.requires_grad_(True)
     return figures
-
-
-def _memory_use(dit: DiTConfig, history: HistoryConfig) -> MemoryUse | None:
-    """Of the memory that a network has."""
-    policy = history.policy
-    if dit.memory is None:
-        return None
-    if not isinstance(policy, EvolvingConfig):
-        return MemoryUse(dit.memory, dit.num_layers)
-    every = tuple(range(dit.num_layers))
-    return MemoryUse(dit.memory, dit.num_layers, every if policy.read_layers == "all" else policy.read_layers)
 
 
 def _follow(recipe: Recipe, networks: _Networks, out: Path, seconds: float | None) -> dict[str, float]:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from longtake.errors import ConfigError
+from longtake.history.evolving import EvolvingConfig
+from longtake.history.policy import PolicyConfig
 from longtake.io.checkpoints import load_into
+from longtake.models.dit_config import DiTConfig
 from longtake.models.memory import MemoryEncoderConfig
 
 _MEMORY = "memory."
@@ -82,6 +85,16 @@ class MemoryUse:
     config: MemoryEncoderConfig
     num_layers: int
     readers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, dit: DiTConfig, policy: PolicyConfig) -> MemoryUse | None:
+        """Of a network's memory, None where it has none; a policy that is none of memories reads nothing."""
+        if dit.memory is None:
+            return None
+        if not isinstance(policy, EvolvingConfig):
+            return cls(dit.memory, dit.num_layers)
+        named = policy.read_layers
+        return cls(dit.memory, dit.num_layers, tuple(range(dit.num_layers)) if named == "all" else named)
 
 
 def resized_memory(
